@@ -1,0 +1,48 @@
+"""Where are the files: a local folder or a repository on the Hub?"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+
+def local_folder(
+    name_or_path: str | Path,
+    files: Sequence[str],
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+) -> Path:
+    """The folder itself, or a local copy of the named files of a Hub repository.
+
+    Args:
+        name_or_path: a folder, or a Hub id such as "me/bert-sst2-ticket-60".
+        files: the only files fetched; nothing else of a repository reaches this machine.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        FileNotFoundError: neither a folder nor a repository that can be reached.
+    """
+    path = Path(name_or_path)
+    if path.is_dir():
+        return path
+    try:
+        fetched = snapshot_download(
+            str(name_or_path), allow_patterns=list(files), revision=revision, token=token, cache_dir=cache_dir
+        )
+    except (HFValidationError, RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise FileNotFoundError(
+            f"`{name_or_path}` is neither a folder here nor a Hub repository that could be reached "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no detail'})."
+        ) from error
+    return Path(fetched)
+
+
+def push_folder(
+    folder: Path, repo_id: str, private: bool | None, token: str | bool | None, commit_message: str
+) -> str:
+    """Create the repository if needed, upload the folder in one commit, return the commit's address."""
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message).commit_url

@@ -1,0 +1,96 @@
+"""How are masks stored: one bit per weight in safetensors, shapes in the header.
+
+The file holds one 1-D uint8 tensor per parameter, keyed by the parameter's canonical name: the flattened mask, eight
+weights to a byte, lowest bit first, spare bits zero. The header's metadata carries the shapes. Reading trusts nothing.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sparse_hf.storage.durable import write_file
+
+
+MASKS_FILE = "sparse_masks.safetensors"
+FORMAT = "sparse_hf.masks.v1"
+LONGEST_NAME = 512
+
+
+def save_bits(path: Path, bits: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Write packed masks durably.
+
+    Args:
+        path: the file, usually `<folder>/sparse_masks.safetensors`.
+        bits: packed masks, 1-D uint8 of ceil(numel / 8) bytes, by canonical parameter name.
+        shapes: the parameters' shapes, by the same names.
+    """
+    metadata = {"format": FORMAT, "shapes": json.dumps({name: list(shape) for name, shape in shapes.items()})}
+    tensors = {name: packed.contiguous().cpu() for name, packed in bits.items()}
+    write_file(path, lambda partial: save_file(tensors, partial, metadata=metadata))
+
+
+def load_bits(path: Path) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
+    """Read packed masks and their shapes; memory stays within the size of the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated, not a mask file, or its header and its contents disagree.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"`{path}` does not exist. A ticket folder holds `{MASKS_FILE}`.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = _checked_shapes(file.metadata() or {}, list(file.keys()), path)
+            bits = {}
+            for name, shape in shapes.items():
+                stored = file.get_slice(name)
+                expected = -(-math.prod(shape) // 8)
+                if stored.get_dtype() != "U8" or stored.get_shape() != [expected]:
+                    raise _damaged(
+                        path, f"the mask of `{name}` must be {expected} bytes for the shape {list(shape)}, "
+                        f"got {stored.get_shape()} of {stored.get_dtype()}"
+                    )
+                bits[name] = _checked_bits(file.get_tensor(name), shape, name, path)
+    except (SafetensorError, OverflowError) as error:
+        raise _damaged(path, str(error)) from error
+    return bits, shapes
+
+
+def _damaged(path: Path, reason: str) -> ValueError:
+    return ValueError(f"`{path}` is not a usable mask file: {reason}. It is truncated, damaged or hostile.")
+
+
+def _checked_shapes(metadata: dict, names: list[str], path: Path) -> dict[str, tuple[int, ...]]:
+    if metadata.get("format") != FORMAT:
+        raise _damaged(path, f"its header says format {metadata.get('format')!r}, expected {FORMAT!r}")
+    try:
+        shapes = json.loads(metadata.get("shapes", ""))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise _damaged(path, "the shapes in its header are not JSON") from error
+    if not isinstance(shapes, dict) or set(shapes) != set(names):
+        raise _damaged(path, "the shapes in its header do not name the tensors it holds")
+    for name, shape in shapes.items():
+        if not _is_parameter_name(name):
+            raise _damaged(path, f"{name[:60]!r} is not a parameter name")
+        whole = isinstance(shape, list) and all(type(size) is int and 0 < size < 2**40 for size in shape)
+        if not whole or not 1 <= len(shape) <= 4:
+            raise _damaged(path, f"the shape of `{name}` is {str(shape)[:60]}")
+    return {name: tuple(shape) for name, shape in shapes.items()}
+
+
+def _is_parameter_name(name: str) -> bool:
+    parts = name.split(".")
+    return len(name) <= LONGEST_NAME and all(part.isidentifier() or part.isdigit() for part in parts)
+
+
+def _checked_bits(packed: Tensor, shape: tuple[int, ...], name: str, path: Path) -> Tensor:
+    spare = -math.prod(shape) % 8
+    if spare and int(packed[-1]) >> (8 - spare):
+        raise _damaged(path, f"the spare bits of `{name}` must be zero")
+    return packed.to(torch.uint8)

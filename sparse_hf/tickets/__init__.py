@@ -1,0 +1,1 @@
+"""Which weights stay: lottery tickets and sparsity methods as data plus small steps."""

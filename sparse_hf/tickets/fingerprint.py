@@ -1,0 +1,31 @@
+"""Is this the base model a ticket was found on?"""
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from sparse_hf.algorithms.bits import unpack_bits
+from sparse_hf.algorithms.masking import sign_extended, zero_pruned_
+
+
+@torch.no_grad()
+def base_fingerprint(parameters: Mapping[str, Tensor], bits: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the kept weights, rounded to bfloat16.
+
+    Only kept weights count, so a model to which the ticket was applied keeps its fingerprint; rounding makes a model
+    loaded in bfloat16 equal to its float32 original.
+
+    Args:
+        parameters: the base model's parameters by canonical name, at least those of the ticket.
+        bits: packed masks by canonical name.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(bits):
+        rounded = parameters[name].detach().to(device="cpu", dtype=torch.bfloat16, copy=True).contiguous()
+        mask = unpack_bits(bits[name], tuple(rounded.shape))
+        zero_pruned_(rounded, sign_extended(mask))
+        digest.update(f"{name}{list(rounded.shape)}".encode())
+        digest.update(rounded.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()

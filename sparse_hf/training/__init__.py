@@ -1,0 +1,1 @@
+"""When things happen inside a `transformers.Trainer`."""

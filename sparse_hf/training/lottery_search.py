@@ -1,0 +1,323 @@
+"""Iterative magnitude pruning with rewinding, as rounds of one trainer that survive a kill at any moment.
+
+Under `output_dir`:
+    search.json             config; per finished round its sparsity, metrics and seconds
+    start.safetensors       the model as it was given, head and buffers included
+    rewind.safetensors      the model at `rewind_step` of the dense round, when that is not 0
+    round-1, round-2, ...   checkpoints of a round; `ticket/` and `head.safetensors` once it is finished
+    ticket                  the ticket found; beside it the final training's own checkpoints
+"""
+
+import contextlib
+import copy
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_utils import TrainOutput
+
+from sparse_hf.anatomy.canonical_names import head_names, named_canonical_parameters
+from sparse_hf.anatomy.sites import Site
+from sparse_hf.tickets.configs import LotteryTicketConfig, config_to_dict
+from sparse_hf.tickets.draw import draw_masks
+from sparse_hf.tickets.fingerprint import base_fingerprint
+from sparse_hf.tickets.ticket import Ticket, origin_of
+from sparse_hf.training.checkpoints import last_complete_checkpoint
+from sparse_hf.training.first_masks import seeded, site_gradients
+from sparse_hf.training.search_checks import check_before_search
+from sparse_hf.training.search_journal import SearchJournal, open_journal
+from sparse_hf.training.snapshot import restore_snapshot, save_snapshot
+from sparse_hf.training.stateful_callbacks import callback_states, set_callback_states, states_in_checkpoint
+
+
+if TYPE_CHECKING:
+    from sparse_hf.training.trainer import SparseTrainer
+
+
+class LotterySearch:
+    """The rounds of a lottery ticket search around a `SparseTrainer`."""
+
+    def __init__(self, trainer: "SparseTrainer", config: LotteryTicketConfig) -> None:
+        """
+        Args:
+            trainer: trains one round at a time by `train_once`.
+        """
+        self.trainer = trainer
+        self.config = config
+        self.round = 0  # 1-based while a round runs; 0 outside, also in the final training
+        self.sparsity = 0.0  # of the model being trained
+        self.seconds = {"training": 0.0, "pruning": 0.0, "rewinding": 0.0, "saving": 0.0}
+        self._ticket: Ticket | None = None
+
+    @property
+    def ticket(self) -> Ticket:
+        """The last ticket drawn.
+
+        Raises:
+            RuntimeError: no round is finished yet.
+        """
+        if self._ticket is None:
+            raise RuntimeError("There is no ticket yet: no round is finished. Call `train()` first.")
+        return self._ticket
+
+    @property
+    def folder(self) -> Path:
+        """Where the search keeps its files."""
+        return self._folder
+
+    def run(self, resume: str | bool | None) -> TrainOutput:
+        """All rounds that are not finished yet, then the final training of the ticket.
+
+        Args:
+            resume: True continues the search in `output_dir`; a path is not accepted, since a search is more than one
+                checkpoint.
+
+        Raises:
+            ValueError, FileExistsError: the search cannot be right; nothing was trained or written.
+        """
+        if isinstance(resume, str) and Path(resume) != Path(self.trainer.args.output_dir):
+            raise ValueError(
+                f"A search is resumed by `resume_from_checkpoint=True` with its `output_dir`, got {resume!r}."
+            )
+        trainer, config = self.trainer, self.config
+        self._folder = Path(trainer.args.output_dir)
+        sites = check_before_search(trainer, config)
+        journal = open_journal(self._folder, config_to_dict(config), bool(resume))
+        pristine = callback_states(trainer)
+        self._begin(journal)
+        finished = len(journal.rounds)
+        if finished:
+            self._ticket = Ticket.from_pretrained(self._round_folder(finished) / "ticket")
+        steps = tqdm(
+            total=config.rounds + config.final_training,
+            initial=finished,
+            desc="lottery ticket",
+            unit="round",
+            disable=trainer.args.disable_tqdm or not trainer.is_world_process_zero(),
+        )
+        with steps, _without_model_init(trainer):
+            output = TrainOutput(0, 0.0, {})
+            for number, sparsity in enumerate(config.sparsities(), start=1):
+                if number <= finished:
+                    continue
+                steps.set_postfix_str(f"round {number}/{config.rounds}, training at {self._current_sparsity():.1%} zeros")
+                output = self._run_round(number, sparsity, sites, journal, pristine)
+                steps.update()
+            self._publish_ticket(journal)
+            if config.final_training:
+                steps.set_postfix_str(f"training the ticket at {self._current_sparsity():.1%} zeros")
+                output = self._train_ticket(journal, pristine)
+                steps.update()
+            else:
+                self._rewind(self._rewind_point())
+                self.ticket.apply(trainer.model)
+        metrics = {f"search_{name}_seconds": seconds for name, seconds in self.seconds.items()}
+        return TrainOutput(output.global_step, output.training_loss, output.metrics | metrics)
+
+    def _begin(self, journal: SearchJournal) -> None:
+        with self._timed("saving"):
+            if self.trainer.args.should_save and not journal.rounds and not (self._folder / "search.json").is_file():
+                save_snapshot(self.trainer.model, self._start)
+                journal.save()
+            self.trainer.accelerator.wait_for_everyone()
+
+    def _run_round(
+        self, number: int, sparsity: float, sites: list[Site], journal: SearchJournal, pristine: dict
+    ) -> TrainOutput:
+        """Rewind, train under the current ticket, prune to `sparsity`, save."""
+        before = dict(self.seconds)
+        folder = self._round_folder(number)
+        self.round = number
+        output = self._train(folder, self._round_arguments(folder), pristine)
+        if not math.isfinite(output.training_loss):
+            raise ValueError(
+                f"Round {number} ended with a training loss of {output.training_loss}, so its weights say nothing. "
+                "Lower the learning rate or check the data; finished rounds are kept."
+            )
+        metrics = _last_metrics(self.trainer.state)
+        with self._timed("pruning"):
+            masks = self._draw(number, sparsity, sites)
+        with self._timed("saving"):
+            if self.trainer.args.should_save and not self.config.rewind_head:
+                save_snapshot(self.trainer.model, folder / "head.safetensors", self._is_head)
+        self._rewind(self._rewind_point())
+        with self._timed("pruning"):
+            ticket = Ticket.from_masks(masks)
+            fingerprint = base_fingerprint(named_canonical_parameters(self.trainer.model), ticket.bits)
+            facts = {"method": "lottery_ticket", "config": config_to_dict(self.config)}
+            ticket.origin = origin_of(self.trainer.model, base_fingerprint=fingerprint, metrics=metrics, **facts)
+        with self._timed("saving"):
+            if self.trainer.args.should_save:
+                ticket.save_pretrained(folder / "ticket")
+                seconds = {name: self.seconds[name] - before[name] for name in before}
+                journal.rounds.append({"sparsity": ticket.sparsity, "metrics": metrics, "seconds": seconds})
+                journal.save()
+            self.trainer.accelerator.wait_for_everyone()
+        self._ticket = ticket
+        self.round = 0
+        return output
+
+    def _train_ticket(self, journal: SearchJournal, pristine: dict) -> TrainOutput:
+        """Train the rewound ticket with the arguments the user gave, from the head's first state."""
+        output = self._train(self._folder, self.trainer.args, pristine)
+        with self._timed("saving"):
+            metrics = _last_metrics(self.trainer.state)
+            facts = {"method": "lottery_ticket", "config": config_to_dict(self.config), "metrics": metrics}
+            fingerprint = self.ticket.origin.base_fingerprint
+            self.ticket.origin = origin_of(self.trainer.model, base_fingerprint=fingerprint, **facts)
+            journal.finished = True
+            self._publish_ticket(journal)
+        return output
+
+    def _train(self, folder: Path, arguments: TrainingArguments, pristine: dict) -> TrainOutput:
+        """One training from the rewound weights, or from the last whole checkpoint in `folder`."""
+        trainer = self.trainer
+        self._rewind(self._start if self.round == 1 else self._rewind_point())
+        if self.round > 1 and not self.config.rewind_head:
+            restore_snapshot(trainer.model, self._round_folder(self.round - 1) / "head.safetensors", self._is_head)
+        trainer.train_under(self._ticket)
+        self.sparsity = self._current_sparsity()
+        trainer.optimizer = trainer.lr_scheduler = None  # new in each round
+        set_callback_states(trainer, pristine)
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback):
+                callback.logging_dir = None  # a run of its own per round: steps begin at 0 again
+        checkpoint = last_complete_checkpoint(folder)
+        if checkpoint is not None:
+            set_callback_states(trainer, states_in_checkpoint(checkpoint))
+        set_seed(trainer.args.seed)
+        snapshot = _TakeSnapshot(self.config.rewind_step, self._folder / "rewind.safetensors")
+        takes_snapshot = self.round == 1 and self.config.rewind_step > 0
+        with self._timed("training"), _arguments(trainer, arguments), _callback(trainer, takes_snapshot and snapshot):
+            return trainer.train_once(None if checkpoint is None else str(checkpoint))
+
+    def _draw(self, number: int, sparsity: float, sites: list[Site]) -> dict:
+        trainer, config = self.trainer, self.config
+        gradients = None
+        if config.score == "gradient":
+            batches = (trainer.get_train_dataloader(), config.score_batches, config.seed)
+            gradients = site_gradients(trainer.model, sites, *batches)
+        return draw_masks(
+            sites,
+            named_canonical_parameters(trainer.model),
+            sparsity,
+            score=config.score,
+            budget=config.budget,
+            previous=None if self._ticket is None else self._ticket.masks(),
+            gradients=gradients,
+            generator=seeded(config.seed, number),
+        )
+
+    def _rewind(self, snapshot: Path) -> None:
+        """Restore every tensor of the model, head included, bit for bit."""
+        with self._timed("rewinding"):
+            restore_snapshot(self.trainer.model, snapshot)
+
+    @property
+    def _start(self) -> Path:
+        return self._folder / "start.safetensors"
+
+    def _rewind_point(self) -> Path:
+        if self.config.rewind_step == 0:
+            return self._start
+        late = self._folder / "rewind.safetensors"
+        if not late.is_file():
+            raise ValueError(
+                f"The dense round stopped before step {self.config.rewind_step}, to which `rewind_step` would rewind. "
+                "Lower `rewind_step`, or let the round train longer."
+            )
+        return late
+
+    def _publish_ticket(self, journal: SearchJournal) -> None:
+        if self.trainer.args.should_save:
+            self.ticket.save_pretrained(self._folder / "ticket")
+            journal.save()
+
+    def _round_folder(self, number: int) -> Path:
+        return self._folder / f"round-{number}"
+
+    def _round_arguments(self, folder: Path) -> TrainingArguments:
+        """The user's arguments with a round's length and folder; rounds are not pushed to the Hub."""
+        arguments = copy.copy(self.trainer.args)
+        arguments.output_dir = str(folder)
+        arguments.push_to_hub = False
+        if self.config.round_steps is not None:
+            arguments.max_steps = self.config.round_steps
+        elif self.config.round_epochs is not None:
+            arguments.max_steps, arguments.num_train_epochs = -1, self.config.round_epochs
+        return arguments
+
+    def _is_head(self, full_name: str) -> bool:
+        parameters, buffers = head_names(self.trainer.model)
+        return full_name in parameters or full_name in buffers
+
+    def _current_sparsity(self) -> float:
+        return 0.0 if self._ticket is None else self._ticket.sparsity
+
+    @contextlib.contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] += time.perf_counter() - start
+
+
+class _TakeSnapshot(TrainerCallback):
+    """Saves the model at the step to which later rounds rewind."""
+
+    def __init__(self, step: int, path: Path) -> None:
+        self.step = step
+        self.path = path
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        if state.global_step == self.step and args.should_save:
+            save_snapshot(kwargs["model"], self.path)
+
+
+def _last_metrics(state: TrainerState) -> dict[str, float]:
+    """The last evaluation in the Trainer's log, without its timings."""
+    records = [record for record in state.log_history if any(name.startswith("eval_") for name in record)]
+    timings = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+    last = records[-1] if records else {}
+    return {name: value for name, value in last.items() if name.startswith("eval_") and name not in timings}
+
+
+@contextlib.contextmanager
+def _arguments(trainer: "SparseTrainer", arguments: TrainingArguments) -> Iterator[None]:
+    users = trainer.args
+    trainer.args = arguments
+    try:
+        yield
+    finally:
+        trainer.args = users
+
+
+@contextlib.contextmanager
+def _callback(trainer: "SparseTrainer", callback: TrainerCallback | bool) -> Iterator[None]:
+    if not callback:
+        yield
+        return
+    trainer.add_callback(callback)
+    try:
+        yield
+    finally:
+        trainer.remove_callback(callback)
+
+
+@contextlib.contextmanager
+def _without_model_init(trainer: "SparseTrainer") -> Iterator[None]:
+    """`model_init` made the first model; called again in each `train`, it would undo rewinding."""
+    model_init = trainer.model_init
+    trainer.model_init = None
+    try:
+        yield
+    finally:
+        trainer.model_init = model_init

@@ -1,0 +1,110 @@
+"""A `transformers.Trainer` that trains sparse models: only what a callback cannot do is overridden."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import TrainOutput
+
+from sparse_hf.tickets.configs import LotteryTicketConfig, SparsityConfig
+from sparse_hf.tickets.ticket import Ticket
+from sparse_hf.training.callback import SparsityCallback
+from sparse_hf.training.checkpoints import last_complete_checkpoint
+from sparse_hf.training.lottery_search import LotterySearch
+
+
+class SparseTrainer(Trainer):
+    """A Trainer with one more argument, `sparsity`; without it, it is a Trainer.
+
+    Pruned weights, their gradients and their optimizer moments are exactly zero at every step, on any torch optimizer,
+    under gradient accumulation, mixed precision, gradient checkpointing and `torch.compile`; gradients are masked before
+    the clip norm is taken. State dicts and checkpoints have the keys of the stock model; masks travel in a file of their
+    own beside them, and resuming continues bit for bit.
+    """
+
+    def __init__(self, *args: object, sparsity: SparsityConfig | Ticket | None = None, **kwargs: object) -> None:
+        """
+        Args:
+            sparsity: a config (`LotteryTicketConfig`, `GradualPruningConfig`, `StaticSparsityConfig`), or a `Ticket` to
+                train under. The other arguments are those of `transformers.Trainer`.
+        """
+        super().__init__(*args, **kwargs)
+        self.sparsity = sparsity
+        self.search = LotterySearch(self, sparsity) if isinstance(sparsity, LotteryTicketConfig) else None
+        self._sparsity_callback: SparsityCallback | None = None
+        if sparsity is not None and self.search is None:
+            self.train_under(sparsity)
+
+    @property
+    def ticket(self) -> Ticket:
+        """The ticket found, or the masks in use.
+
+        Raises:
+            RuntimeError: there are no masks (yet).
+        """
+        if self.search is not None:
+            return self.search.ticket
+        if self._sparsity_callback is None:
+            raise RuntimeError("There is no ticket: this trainer has no `sparsity`. Pass a config or a Ticket.")
+        return self._sparsity_callback.ticket
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: object, **kwargs: object
+    ) -> TrainOutput:
+        """Train; with a `LotteryTicketConfig`, run the whole search and train the ticket that it finds.
+
+        Args:
+            resume_from_checkpoint: True continues from the last checkpoint that was written whole, bit for bit as if
+                the run had not stopped; a search is continued where it was.
+        """
+        if self.search is not None:
+            return self.search.run(resume_from_checkpoint)
+        return self.train_once(resume_from_checkpoint, *args, **kwargs)
+
+    def train_under(self, sparsity: SparsityConfig | Ticket | None) -> None:
+        """Replace the sparsity of the next `train_once`; None trains dense."""
+        if self._sparsity_callback is not None:
+            self.remove_callback(self._sparsity_callback)
+        self._sparsity_callback = None
+        if sparsity is not None:
+            self._sparsity_callback = SparsityCallback(sparsity)
+            self.add_callback(self._sparsity_callback)
+
+    def train_once(
+        self, resume_from_checkpoint: str | bool | None = None, *args: object, **kwargs: object
+    ) -> TrainOutput:
+        """One ordinary training run under the current sparsity."""
+        if resume_from_checkpoint is True:
+            checkpoint = last_complete_checkpoint(Path(self.args.output_dir))
+            if checkpoint is None:
+                raise ValueError(
+                    f"`resume_from_checkpoint=True` needs a complete checkpoint in `{self.args.output_dir}`, found none. "
+                    "Start without it."
+                )
+            resume_from_checkpoint = str(checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor | None:
+        if self._sparsity_callback is not None and self._sparsity_callback.keeper is not None:
+            self._sparsity_callback.keeper.mask_gradients()
+        return super()._clip_grad_norm(model)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._sparsity_callback is not None:
+            self._sparsity_callback.resume_from = resume_from_checkpoint
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Masks are written with the weights, before the Trainer pushes or rotates checkpoints."""
+        super()._save(output_dir, state_dict=state_dict)
+        if self.args.should_save and self._sparsity_callback is not None:
+            self._sparsity_callback.save_masks(Path(output_dir or self.args.output_dir))
+
+    def log(self, logs: dict[str, float], *args: object, **kwargs: object) -> None:
+        """Add the sparsity, and the round of a search, to every record."""
+        if self._sparsity_callback is not None and self._sparsity_callback.keeper is not None:
+            logs["sparsity"] = self._sparsity_callback.keeper.sparsity
+        if self.search is not None and self.search.round:
+            logs["round"] = self.search.round
+        super().log(logs, *args, **kwargs)

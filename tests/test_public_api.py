@@ -1,0 +1,39 @@
+"""What `from sparse_hf import ...` promises."""
+
+import inspect
+
+import pytest
+
+import sparse_hf
+
+
+def test_all_is_sorted_and_without_doubles():
+    assert list(sparse_hf.__all__) == sorted(set(sparse_hf.__all__))
+
+
+def test_dir_lists_every_public_name():
+    assert set(sparse_hf.__all__) <= set(dir(sparse_hf))
+
+
+@pytest.mark.parametrize("name", sparse_hf.__all__)
+def test_public_name_can_be_imported(name):
+    assert getattr(sparse_hf, name) is not None
+
+
+@pytest.mark.parametrize("name", sparse_hf.__all__)
+def test_public_class_or_function_is_documented(name):
+    public = getattr(sparse_hf, name)
+    if inspect.isclass(public) or callable(public):
+        # A dataclass without a docstring gets its signature as one; that documents nothing.
+        written = (public.__doc__ or "").strip()
+        assert written
+        assert not written.startswith(f"{name}(")
+
+
+@pytest.mark.parametrize("name", sparse_hf.__all__)
+def test_public_methods_are_documented(name):
+    public = getattr(sparse_hf, name)
+    if inspect.isclass(public):
+        own = [method for method in vars(public) if not method.startswith("_")]
+        methods = [method for method in own if inspect.isroutine(getattr(public, method))]
+        assert [method for method in methods if not inspect.getdoc(getattr(public, method))] == []
