@@ -1,11 +1,11 @@
 """Global magnitude pruning, threshold and masks: `keep_largest` against `torch.nn.utils.prune.global_unstructured`.
 
-    python benchmarks/global_threshold.py                  # BERT-base shapes, 85 M weights, sparsity 0.6: about 2 minutes
+    python benchmarks/global_threshold.py                  # BERT-base shapes, 85 M weights, sparsity 0.6: 2 minutes
     python benchmarks/global_threshold.py --weights 7 --rounds 1
 
-All sides run in one process, interleaved, on the same weights; medians and the ratios of medians are printed. The peak of
-the extra memory is that of one run in a fresh process per side, results included. `kthvalue` is the short way by hand:
-concatenate, `torch.kthvalue`, compare; it keeps too few weights when some tie at the threshold.
+All sides run in one process, interleaved, on the same weights; medians and the ratios of medians are printed. The peak
+of the extra memory is that of one run in a fresh process per side, results included. `kthvalue` is the short way by
+hand: concatenate, `torch.kthvalue`, compare; it keeps too few weights when some tie at the threshold.
 """
 
 import argparse
@@ -35,7 +35,9 @@ def main() -> None:
     parser.add_argument("--weights", type=float, default=85, help="millions of weights, in whole BERT-base layers")
     parser.add_argument("--sparsity", type=float, default=0.6, help="fraction to remove")
     parser.add_argument("--rounds", type=int, default=3, help="timed runs per side")
-    parser.add_argument("--peak-of", choices=SIDES, help="print the peak extra bytes of one run of this side, nothing else")
+    parser.add_argument(
+        "--peak-of", choices=SIDES, help="print the peak extra bytes of one run of this side, nothing else"
+    )
     arguments = parser.parse_args()
     weights = make_weights(arguments.weights)
     num_keep = num_kept(sum(weight.numel() for weight in weights), arguments.sparsity)
@@ -58,7 +60,7 @@ def ours(weights: list[Tensor], num_keep: int) -> list[Tensor]:
 
 def peer(weights: list[Tensor], num_keep: int) -> list[Tensor]:
     modules = [torch.nn.Module() for _ in weights]
-    for module, weight in zip(modules, weights):
+    for module, weight in zip(modules, weights, strict=True):
         module.weight = torch.nn.Parameter(weight, requires_grad=False)
     amount = sum(weight.numel() for weight in weights) - num_keep
     prune.global_unstructured([(m, "weight") for m in modules], pruning_method=prune.L1Unstructured, amount=amount)
@@ -81,14 +83,18 @@ TITLES = {
 
 def report(arguments: argparse.Namespace, weights: list[Tensor], num_keep: int) -> None:
     total = sum(weight.numel() for weight in weights)
-    print(f"{total / 1e6:.1f} M weights, {num_keep:,} kept, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(
+        f"{total / 1e6:.1f} M weights, {num_keep:,} kept, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
     seconds, masks = time_sides(weights, num_keep, arguments.rounds)
     peaks = {side: peak_in_new_process(side, arguments) for side in SIDES}
     print(f"{'':28}{'median s':>10}{'min s':>9}{'ours is x faster':>18}{'peak extra MiB':>16}{'of peer':>9}")
     for side, title in TITLES.items():
         median = statistics.median(seconds[side])
         ratio = median / statistics.median(seconds["ours"])
-        memory = f"{peaks[side] / 2**20:16.0f}{peaks[side] / peaks['peer']:9.3f}" if peaks["peer"] else "    not measured"
+        memory = (
+            f"{peaks[side] / 2**20:16.0f}{peaks[side] / peaks['peer']:9.3f}" if peaks["peer"] else "    not measured"
+        )
         print(f"{title:28}{median:10.3f}{min(seconds[side]):9.3f}{ratio:18.1f}{memory}")
     print(compare(weights, masks["ours"], masks["peer"], num_keep))
 
@@ -109,8 +115,8 @@ def time_sides(weights: list[Tensor], num_keep: int, rounds: int) -> tuple[dict[
 def compare(weights: list[Tensor], ours: list[Tensor], theirs: list[Tensor], num_keep: int) -> str:
     """Both keep the same weights, but for those that tie with the smallest kept one: there topk is free to choose."""
     counts = [sum(int(mask.count_nonzero()) for mask in masks) for masks in (ours, theirs)]
-    threshold = min(weight[mask].abs().min() for weight, mask in zip(weights, ours) if mask.any())
-    differing = [weight[mask != other.bool()].abs() for weight, mask, other in zip(weights, ours, theirs)]
+    threshold = min(weight[mask].abs().min() for weight, mask in zip(weights, ours, strict=True) if mask.any())
+    differing = [weight[mask != other.bool()].abs() for weight, mask, other in zip(weights, ours, theirs, strict=True)]
     number = sum(values.numel() for values in differing)
     if counts != [num_keep, num_keep] or any((values != threshold).any() for values in differing):
         sys.exit(f"FAILED: {counts} kept for {num_keep}, {number} differ, not all of them ties at {threshold}.")

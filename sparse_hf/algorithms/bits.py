@@ -1,7 +1,7 @@
 """Masks as bits: eight weights per byte, for files and for memory.
 
-Little-endian bit order: weight `i` (flat index) is bit `i % 8` of byte `i // 8`. numpy does the packing because torch has
-no operation for it; neither direction allocates anything besides its result.
+Little-endian bit order: weight `i` (flat index) is bit `i % 8` of byte `i // 8`. numpy does the packing because torch
+has no operation for it; neither direction allocates anything besides its result (on the CPU, for contiguous masks).
 """
 
 import math

@@ -1,8 +1,8 @@
 """One pass over the scores of a piece, in blocks that stay in the cache.
 
-On the CPU the blocks are numpy arrays: torch's float-to-bool comparison and `nonzero` are 10 to 25 times slower there than
-numpy's (one thread), and the whole pass about 4 times; torch's threads make it slower still. On other devices the blocks
-are torch tensors; the two libraries share the names used here.
+On the CPU the blocks are numpy arrays: torch's float-to-bool comparison and `nonzero` are 10 to 25 times slower there
+than numpy's (one thread), and the whole pass about 4 times; a second torch thread does not help. On other devices the
+blocks are torch tensors; the two libraries share the names used here.
 """
 
 import math
@@ -26,8 +26,8 @@ _TORCH_OF = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.fl
 class Piece:
     """Scores that this rank holds, and the part of the mask that belongs to them.
 
-    `scores`, `candidates` and `mask` have the same shape; `start` is the position of the first weight among all weights
-    of all tensors. Values are read in `dtype` (fp32 or fp64), which holds every value exactly.
+    `scores`, `candidates` and `mask` have the same shape; `start` is the position of the first weight among all
+    weights of all tensors. Values are read in `dtype` (fp32 or fp64), which holds every value exactly.
     """
 
     scores: Tensor
@@ -45,7 +45,7 @@ class Piece:
         """
         scores, mask = self.scores.detach().reshape(-1), self.mask.view(-1)
         candidates = None if self.candidates is None else self.candidates.reshape(-1)
-        on_cpu = mask.device.type == "cpu"
+        on_cpu = _uses_numpy(mask)
         size = CPU_BLOCK if on_cpu else DEVICE_BLOCK
         buffer_size = min(size, scores.numel()) if self.absolute else 0
         buffer = torch.empty(buffer_size, dtype=_TORCH_OF[self.dtype], device=mask.device)
@@ -144,7 +144,7 @@ def sample_values(piece: Piece, rate: float) -> np.ndarray:
 def keep_positions(piece: Piece, positions: np.ndarray) -> None:
     """Set the mask at these flat indices."""
     mask = piece.mask.view(-1)
-    if mask.device.type == "cpu":
+    if _uses_numpy(mask):
         mask.numpy()[positions] = True
     else:
         mask[torch.from_numpy(positions).to(mask.device)] = True
@@ -152,7 +152,7 @@ def keep_positions(piece: Piece, positions: np.ndarray) -> None:
 
 def count_kept(mask: Tensor) -> int:
     """Number of True in a mask."""
-    return int(np.count_nonzero(mask.numpy())) if mask.device.type == "cpu" else int(mask.count_nonzero())
+    return int(np.count_nonzero(mask.numpy()) if _uses_numpy(mask) else mask.count_nonzero())
 
 
 def _is_finite(values: Block, absolute: bool) -> bool:
@@ -173,6 +173,10 @@ def _equal(values: Block, value: float, candidates: Block | None) -> Block:
     if candidates is not None:
         equal &= candidates
     return equal
+
+
+def _uses_numpy(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
 
 def _library(block: Block):

@@ -81,9 +81,9 @@ def erdos_renyi_kernel_budget(
 def allocate(weights: Sequence[float], total: int, capacities: Sequence[int], minimum: int = 1) -> list[int]:
     """Share out `total` in proportion to `weights`, between a minimum and a capacity each, with an exact sum.
 
-    Water-filling: shares are `level * weight`, clamped to [minimum, capacity], with the one level that meets the total.
-    They are rounded by largest remainder, ties to the lower index. The arithmetic is exact (fractions), so the result
-    depends neither on the machine nor on the order of summation.
+    Water-filling: shares are `level * weight`, clamped to [minimum, capacity], with the one level that meets the
+    total. They are rounded by largest remainder, ties to the lower index. The arithmetic is exact (fractions), so
+    the result depends neither on the machine nor on the order of summation.
 
     Args:
         weights: positive where the capacity is positive.
@@ -99,7 +99,9 @@ def allocate(weights: Sequence[float], total: int, capacities: Sequence[int], mi
     lower = [min(minimum, capacity) for capacity in capacities]
     if total < sum(lower):
         return allocate(weights, total, lower, minimum=0)
-    exact = [Fraction(weight) if capacity else Fraction(0) for weight, capacity in zip(weights, capacities)]
+    exact = [
+        Fraction(weight) if capacity else Fraction(0) for weight, capacity in zip(weights, capacities, strict=True)
+    ]
     shares = _water_fill(exact, total, lower, capacities)
     counts = [math.floor(share) for share in shares]
     remainders = sorted(range(len(shares)), key=lambda i: (counts[i] - shares[i], i))
@@ -109,16 +111,16 @@ def allocate(weights: Sequence[float], total: int, capacities: Sequence[int], mi
     return counts
 
 
-def _water_fill(
-    weights: Sequence[Fraction], total: int, lower: Sequence[int], upper: Sequence[int]
-) -> list[Fraction]:
+def _water_fill(weights: Sequence[Fraction], total: int, lower: Sequence[int], upper: Sequence[int]) -> list[Fraction]:
     """Shares `clamp(level * weight, lower, upper)` that sum to `total`, for sum(lower) <= total <= sum(upper)."""
 
     def shares(level: Fraction) -> list[Fraction]:
-        return [min(max(level * w, Fraction(lo)), Fraction(up)) for w, lo, up in zip(weights, lower, upper)]
+        return [
+            min(max(level * w, Fraction(lo)), Fraction(up)) for w, lo, up in zip(weights, lower, upper, strict=True)
+        ]
 
     # The sum grows with the level, and is linear between two levels at which a share leaves or meets its limit.
-    limits = [(w, limit) for w, lo, up in zip(weights, lower, upper) for limit in (lo, up) if w > 0]
+    limits = [(w, limit) for w, lo, up in zip(weights, lower, upper, strict=True) for limit in (lo, up) if w > 0]
     levels = sorted({Fraction(0), *(limit / w for w, limit in limits)})
     above = bisect_left(levels, total, key=lambda level: sum(shares(level)))
     if above == 0:
@@ -143,15 +145,19 @@ def _check_shapes(shapes: Sequence[Sequence[int]]) -> None:
 
 def _check_allocation(weights: Sequence[float], total: int, capacities: Sequence[int], minimum: int) -> None:
     if len(weights) != len(capacities):
-        raise ValueError(f"There must be one capacity per weight, got {len(capacities)} for {len(weights)}: match them.")
+        raise ValueError(f"There must be one capacity per weight, got {len(capacities)} for {len(weights)}: match.")
     if minimum < 0 or any(capacity < 0 for capacity in capacities):
         raise ValueError(
-            f"`minimum` and `capacities` must be at least 0, got {minimum} and {min(capacities, default=0)}: pass counts."
+            f"`minimum` and `capacities` must be at least 0, got {minimum} and {min(capacities, default=0)}: "
+            "pass counts."
         )
-    for position, (weight, capacity) in enumerate(zip(weights, capacities)):
+    for position, (weight, capacity) in enumerate(zip(weights, capacities, strict=True)):
         if capacity > 0 and not 0 < weight < math.inf:
-            raise ValueError(f"`weights` must be positive and finite, got {weight} at position {position}: leave it out.")
+            raise ValueError(
+                f"`weights` must be positive and finite, got {weight} at position {position}: leave it out."
+            )
     if not 0 <= total <= sum(capacities):
         raise ValueError(
-            f"`total` must be in 0..{sum(capacities)}, the sum of the capacities, got {total}: ask for a higher sparsity."
+            f"`total` must be in 0..{sum(capacities)}, the sum of the capacities, got {total}: "
+            "ask for a higher sparsity."
         )

@@ -52,7 +52,9 @@ class Model:
         return locate(starts, counts, k, sum(self.numels), self.all_reduce_sum)
 
 
-def keep_top(pieces: Sequence[Piece], num_keep: int, tensors: Sequence[int], num_candidates: int, model: Model) -> None:
+def keep_top(
+    pieces: Sequence[Piece], num_keep: int, tensors: Sequence[int], num_candidates: int, model: Model
+) -> None:
     """Write the masks of `pieces`: the `num_keep` largest candidates of `tensors`, ties by position.
 
     Args:
@@ -71,10 +73,11 @@ def keep_top(pieces: Sequence[Piece], num_keep: int, tensors: Sequence[int], num
     if num_above == num_keep:
         return
     if num_above < num_keep and num_missing <= 0:
-        return _keep_inside(pieces, found, num_keep - num_above, model)
+        _keep_inside(pieces, found, num_keep - num_above, model)
+        return
     if num_missing > 0 and math.isfinite(low):
         # All that lies above `low` stays; the rest comes from a mass of scores equal to `low`, if it is large enough.
-        for piece, bracketed in zip(pieces, found):
+        for piece, bracketed in zip(pieces, found, strict=True):
             keep_positions(piece, bracketed.positions)
         if _keep_equal(pieces, low, num_missing, model):
             return
@@ -104,7 +107,7 @@ def _scan_all(pieces: Sequence[Piece], low: float, high: float, model: Model) ->
     """Scan every piece; the counts above and inside the bracket are of all ranks."""
     found = [scan(piece, low, high) for piece in pieces]
     infinite = [0] * len(model.numels)
-    for piece, bracketed in zip(pieces, found):
+    for piece, bracketed in zip(pieces, found, strict=True):
         infinite[piece.tensor] += not bracketed.finite
     num_above = sum(bracketed.num_above for bracketed in found)
     num_inside = sum(bracketed.positions.size for bracketed in found)
@@ -125,7 +128,7 @@ def _keep_inside(pieces: Sequence[Piece], found: Sequence[Bracketed], num_keep: 
     [num_larger] = model.sum(np.count_nonzero(values > threshold))
     num_ties = [np.count_nonzero(bracketed.values == threshold) for bracketed in found]
     last_start, num_in_last = model.locate([piece.start for piece in pieces], num_ties, num_keep - num_larger)
-    for piece, bracketed in zip(pieces, found):
+    for piece, bracketed in zip(pieces, found, strict=True):
         if piece.start < last_start:
             kept = bracketed.positions[bracketed.values >= threshold]
         else:

@@ -21,7 +21,7 @@ def hamming_distance(masks_a: Sequence[Tensor], masks_b: Sequence[Tensor]) -> fl
     """
     _check_pairs(masks_a, masks_b)
     numel = sum(mask.numel() for mask in masks_a)
-    differing = sum(_count(a ^ b) for a, b in zip(masks_a, masks_b))
+    differing = sum(_count(a ^ b) for a, b in zip(masks_a, masks_b, strict=True))
     return differing / numel if numel else 0.0
 
 
@@ -39,8 +39,8 @@ def overlap(masks_a: Sequence[Tensor], masks_b: Sequence[Tensor]) -> float:
         ValueError: the two sets do not match.
     """
     _check_pairs(masks_a, masks_b)
-    common = sum(_count(a & b) for a, b in zip(masks_a, masks_b))
-    union = sum(_count(a | b) for a, b in zip(masks_a, masks_b))
+    common = sum(_count(a & b) for a, b in zip(masks_a, masks_b, strict=True))
+    union = sum(_count(a | b) for a, b in zip(masks_a, masks_b, strict=True))
     return common / union if union else 1.0
 
 
@@ -54,9 +54,11 @@ def _check_pairs(masks_a: Sequence[Tensor], masks_b: Sequence[Tensor]) -> None:
             f"Both sets must hold the same number of masks, got {len(masks_a)} and {len(masks_b)}: "
             "compare tickets of the same model."
         )
-    for position, (a, b) in enumerate(zip(masks_a, masks_b)):
+    for position, (a, b) in enumerate(zip(masks_a, masks_b, strict=True)):
         if a.dtype != torch.bool or b.dtype != torch.bool:
-            raise ValueError(f"Masks must be bool, got {a.dtype} and {b.dtype} at position {position}: pass `mask != 0`.")
+            raise ValueError(
+                f"Masks must be bool, got {a.dtype} and {b.dtype} at position {position}: pass `mask != 0`."
+            )
         if a.shape != b.shape:
             raise ValueError(
                 f"Masks must have the same shape, got {tuple(a.shape)} and {tuple(b.shape)} at position {position}: "

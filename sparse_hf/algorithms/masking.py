@@ -34,10 +34,14 @@ def zero_pruned_(tensor: Tensor, bits: Tensor) -> Tensor:
         bits: int8 of the same shape, from `sign_extended`; 1 byte per weight.
 
     Raises:
-        ValueError: shapes differ, or the dtype has no integer view of its width.
+        ValueError: shapes differ, `bits` is not int8, or the dtype has no integer view of its width.
     """
+    if bits.dtype != torch.int8:
+        raise ValueError(f"`bits` must be int8, got {bits.dtype}. Pass `sign_extended(mask)`.")
     if tensor.shape != bits.shape:
-        raise ValueError(f"A mask must have the shape of its tensor, got {tuple(bits.shape)} for {tuple(tensor.shape)}.")
+        raise ValueError(
+            f"A mask must have the shape of its tensor, got {tuple(bits.shape)} for {tuple(tensor.shape)}."
+        )
     if tensor.dtype not in INTEGER_VIEW:
         choices = ", ".join(str(dtype) for dtype in INTEGER_VIEW)
         raise ValueError(f"Only floating-point weights can be masked, got {tensor.dtype}. Choose one of: {choices}.")
@@ -45,9 +49,7 @@ def zero_pruned_(tensor: Tensor, bits: Tensor) -> Tensor:
     if tensor.device.type != "cpu" or not (tensor.is_contiguous() and bits.is_contiguous()):
         integers.bitwise_and_(bits)
         return tensor
-    flat, flat_bits = integers.view(-1), bits.view(-1)
-    wide = torch.empty(min(BLOCK, flat.numel()), dtype=flat.dtype)
-    for start in range(0, flat.numel(), BLOCK):
-        block = flat[start : start + BLOCK]
-        block.bitwise_and_(wide[: block.numel()].copy_(flat_bits[start : start + BLOCK]))
+    wide = torch.empty(min(BLOCK, integers.numel()), dtype=integers.dtype)
+    for block, block_bits in zip(integers.view(-1).split(BLOCK), bits.view(-1).split(BLOCK), strict=True):
+        block.bitwise_and_(wide[: block.numel()].copy_(block_bits))
     return tensor

@@ -1,7 +1,7 @@
 """The k-th largest of values that are spread over blocks and ranks, without ever putting them together.
 
-A radix select: floats become integers of the same order, and each pass counts one 16-bit digit. Only the counts travel.
-`all_reduce_sum` is that of `ShardLayout`; every function is called by all ranks together and returns the same on each.
+A radix select: floats become integers of the same order, and each pass counts one 16-bit digit. Only counts travel.
+`all_reduce_sum` is that of `ShardLayout`; every function is called by all ranks together, with the same result.
 numpy rather than torch: these are many short operations, on which torch's threads lose more time than they save.
 """
 
@@ -24,8 +24,8 @@ def kth_largest(
     """The k-th largest value in the blocks of all ranks, exactly.
 
     Args:
-        blocks: returns an iterable over this rank's 1-D arrays; called once per digit, so that they can be made on the
-            fly instead of stored.
+        blocks: returns an iterable over this rank's 1-D arrays; called once per digit, so that they can be made on
+            the fly instead of stored.
         k: 1-based rank, 1 = the largest; at most the number of values on all ranks.
         dtype: of the values, fp32 (2 all-reduces of 512 KiB) or fp64 (4).
     """

@@ -62,9 +62,13 @@ def cubic_sparsity(step: int, start: int, end: int, final: float, initial: float
     _check_sparsity("final", final)
     _check_sparsity("initial", initial)
     if initial > final:
-        raise ValueError(f"`initial` must be at most `final` ({final}), got {initial}: pruned weights do not come back.")
+        raise ValueError(
+            f"`initial` must be at most `final` ({final}), got {initial}: pruned weights do not come back."
+        )
     if not 0 <= start < end:
-        raise ValueError(f"`start` and `end` must satisfy 0 <= start < end, got {start} and {end}: widen the interval.")
+        raise ValueError(
+            f"`start` and `end` must satisfy 0 <= start < end, got {start} and {end}: widen the interval."
+        )
     if step < 0:
         raise ValueError(f"`step` must be at least 0, got {step}: count optimizer steps from 0.")
     remaining = 1 - (min(max(step, start), end) - start) / (end - start)

@@ -121,12 +121,12 @@ def _agree(
     """The dtype in which all ranks compare, and the number of candidates of every whole tensor."""
     tensors = len(layout.numels)
     held, allowed = [0] * tensors, [0] * tensors
-    for i, (score, tensor) in enumerate(zip(scores, layout.tensors)):
+    for i, (score, tensor) in enumerate(zip(scores, layout.tensors, strict=True)):
         held[tensor] += score.numel()
         allowed[tensor] += score.numel() if candidates is None else count_kept(candidates[i])
     double = any(score.dtype == torch.float64 for score in scores)
     double, *counts = layout.all_reduce_sum(torch.tensor([int(double), *held, *allowed])).tolist()
-    for name, count, numel in zip(names, counts, layout.numels):
+    for name, count, numel in zip(names, counts[:tensors], layout.numels, strict=True):
         if count != numel:
             raise ValueError(
                 f"The ranks must hold each weight exactly once, got {count} weights of {numel} for {name}: "
@@ -146,18 +146,22 @@ def _names(names: Sequence[str] | None, layout: ShardLayout) -> list[str]:
 def _check_tensors(scores: Sequence[Tensor], candidates: Sequence[Tensor] | None, min_per_tensor: int) -> None:
     for position, score in enumerate(scores):
         if not score.is_floating_point():
-            raise ValueError(f"`scores` must be floating, got {score.dtype} at position {position}: pass `score.float()`.")
+            raise ValueError(
+                f"`scores` must be floating, got {score.dtype} at position {position}: pass `score.float()`."
+            )
     if min_per_tensor < 0:
         raise ValueError(f"`min_per_tensor` must be at least 0, got {min_per_tensor}: 0 switches the minimum off.")
     if candidates is None:
         return
     if len(candidates) != len(scores):
-        raise ValueError(f"`candidates` must match `scores`, got {len(candidates)} for {len(scores)}: pass one per tensor.")
-    for position, (score, allowed) in enumerate(zip(scores, candidates)):
+        raise ValueError(
+            f"`candidates` must match `scores`, got {len(candidates)} for {len(scores)}: pass one per tensor."
+        )
+    for position, (score, allowed) in enumerate(zip(scores, candidates, strict=True)):
         if allowed.dtype != torch.bool or allowed.shape != score.shape or allowed.device != score.device:
             raise ValueError(
                 f"`candidates` must be bool of shape {tuple(score.shape)} on {score.device}, got {allowed.dtype} of "
-                f"shape {tuple(allowed.shape)} on {allowed.device} at position {position}: pass the masks of these scores."
+                f"shape {tuple(allowed.shape)} on {allowed.device} at position {position}: pass their masks."
             )
 
 

@@ -45,11 +45,13 @@ class ShardLayout:
                 f"`shards` must describe every score tensor, got {len(self.tensors)} `tensors` and "
                 f"{len(self.starts)} `starts` for {len(pieces)} scores: add one entry per piece."
             )
-        for piece, tensor, start in zip(pieces, self.tensors, self.starts):
+        for piece, tensor, start in zip(pieces, self.tensors, self.starts, strict=True):
             if not 0 <= tensor < len(self.numels):
-                raise ValueError(f"`shards.tensors` must be in 0..{len(self.numels) - 1}, got {tensor}: index `numels`.")
+                raise ValueError(
+                    f"`shards.tensors` must be in 0..{len(self.numels) - 1}, got {tensor}: index `numels`."
+                )
             if not 0 <= start <= start + piece.numel() <= self.numels[tensor]:
                 raise ValueError(
-                    f"A piece must lie inside its tensor of {self.numels[tensor]} weights, got {piece.numel()} weights "
-                    f"from {start}: pass flat starts in the whole tensor, without padding."
+                    f"A piece must lie inside its tensor of {self.numels[tensor]} weights, got {piece.numel()} "
+                    f"weights from {start}: pass flat starts in the whole tensor, without padding."
                 )

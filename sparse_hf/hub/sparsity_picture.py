@@ -1,5 +1,6 @@
 """What is sparse, as a picture: one cell per matrix, layers downwards."""
 
+import math
 import re
 from pathlib import Path
 
@@ -15,8 +16,11 @@ def plot_sparsity(ticket: Ticket, path: str | Path, title: str | None = None) ->
     Raises:
         ImportError: matplotlib is not installed (`pip install sparse_hf[demo]`).
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("A picture needs matplotlib. Run `pip install 'sparse_hf[demo]'`.") from error
 
     cells = _cells(ticket)
     layers = sorted({layer for layer, _ in cells})
@@ -31,7 +35,7 @@ def plot_sparsity(ticket: Ticket, path: str | Path, title: str | None = None) ->
     axes.set_ylabel("layer")
     for row, values in enumerate(grid):
         for column, value in enumerate(values):
-            if value == value:
+            if not math.isnan(value):
                 shade = "white" if value < 0.6 else "black"
                 axes.text(column, row, f"{value:.0%}", ha="center", va="center", color=shade, fontsize=8)
     figure.colorbar(image, ax=axes, label="fraction of zeros")
@@ -42,11 +46,16 @@ def plot_sparsity(ticket: Ticket, path: str | Path, title: str | None = None) ->
 
 def _cells(ticket: Ticket) -> dict[tuple[int, str], float]:
     """(layer, kind of matrix) -> sparsity; experts of one layer are averaged."""
+    places = [_place(name) for name in ticket.bits]
+    stacks = {stack for stack, layer, _ in places if layer >= 0}  # several in T5, which has an encoder and a decoder
     gathered: dict[tuple[int, str], list[float]] = {}
     for name, sparsity in ticket.sparsity_by_site().items():
-        parts = re.sub(r"\[\d+\]$", "", name).removesuffix(".weight").split(".")
-        numbers = [index for index, part in enumerate(parts) if part.isdigit()]
-        layer = int(parts[numbers[0]]) if numbers else -1
-        kind = ".".join(parts[numbers[0] + 1 :] if numbers else parts)
-        gathered.setdefault((layer, kind), []).append(sparsity)
+        stack, layer, kind = _place(name)
+        gathered.setdefault((layer, f"{stack} {kind}".strip() if len(stacks) > 1 else kind), []).append(sparsity)
     return {cell: sum(values) / len(values) for cell, values in gathered.items()}
+
+
+def _place(name: str) -> tuple[str, int, str]:
+    """Stack of layers, layer (-1 outside), kind of matrix: "encoder.layer", 3, "attention.self.query"."""
+    stack, layer, kind = re.fullmatch(r"(?:(.*?)\.(\d+)\.)?(.*?)(?:\.weight)?(?:\[\d+\])?", name).groups()
+    return stack or "", int(layer or -1), kind

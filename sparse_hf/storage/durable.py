@@ -3,11 +3,95 @@
 import contextlib
 import errno
 import json
+import math
 import os
-import shutil
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+DISK_ERRORS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission was denied",
+}
+
+
+def write_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, flush it to disk, then rename it over `path`.
+
+    Raises:
+        OSError: the disk is full or not writable; the previous file at `path` survives.
+    """
+    with _clear_disk_errors(path), _scratch_beside(path) as scratch:
+        partial = scratch / path.name
+        partial.touch()
+        permissions = partial.stat().st_mode  # of any new file; safetensors would make it private to the user
+        write(partial)
+        partial.chmod(permissions)
+        _flush_to_disk(partial)
+        partial.replace(path)
+        _flush_to_disk(path.parent)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write `content` as indented JSON with sorted keys, durably. NaN and infinity, which JSON lacks, become null."""
+    text = json.dumps(_without_infinities(content), indent=2, sort_keys=True, allow_nan=False) + "\n"
+    write_file(path, lambda partial: partial.write_text(text, encoding="utf-8") and None)
+
+
+def write_folder(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary folder beside `path`, then move it there; an older folder is replaced as a whole.
+
+    Folders cannot be swapped in one step: killed in the instant between two renames, the old one stays whole as
+    `.<name>.*.partial/old` beside `path`.
+
+    Raises:
+        OSError: the disk is full or not writable; the previous folder survives.
+    """
+    path = path.resolve()  # a link to a folder stays a link
+    with _clear_disk_errors(path), _scratch_beside(path) as scratch:
+        new, old = scratch / "new", scratch / "old"
+        new.mkdir()
+        write(new)
+        for entry in [*new.rglob("*"), new]:
+            _flush_to_disk(entry)
+        try:
+            if path.exists():
+                path.rename(old)
+            new.rename(path)
+        finally:
+            if old.exists() and not path.exists():
+                old.rename(path)
+        _flush_to_disk(path.parent)
+
+
+@contextlib.contextmanager
+def _clear_disk_errors(target: Path) -> Iterator[None]:
+    """Turn "no space", "read-only" and "permission denied" into one sentence that names the target."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # safetensors tells the system's error number only in its text.
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        number = error.errno if isinstance(error, OSError) else found and int(found[1])
+        if number not in DISK_ERRORS:
+            raise
+        raise OSError(
+            number, f"Could not save `{target}`: {DISK_ERRORS[number]}. What was saved there before is untouched."
+        ) from error
+
+
+@contextlib.contextmanager
+def _scratch_beside(path: Path) -> Iterator[Path]:
+    """A temporary folder on the file system of `path`; whatever is left in it goes, safetensors' own files too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".partial", dir=path.parent) as scratch:
+        yield Path(scratch)
 
 
 def _flush_to_disk(path: Path) -> None:
@@ -18,72 +102,9 @@ def _flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-@contextlib.contextmanager
-def clear_disk_errors(target: Path) -> Iterator[None]:
-    """Turn "no space", "read-only" and "permission denied" into one sentence that names the target."""
-    try:
-        yield
-    except OSError as error:
-        reasons = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
-        reasons |= {errno.EROFS: "the file system is read-only", errno.EACCES: "permission was denied"}
-        if error.errno not in reasons:
-            raise
-        raise OSError(
-            error.errno, f"Could not save `{target}`: {reasons[error.errno]}. What was saved there before is untouched."
-        ) from error
-
-
-def write_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to disk, then rename it over `path`.
-
-    Raises:
-        OSError: the disk is full or not writable; the previous file at `path` survives.
-    """
-    with clear_disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-        os.close(descriptor)
-        partial = Path(name)
-        try:
-            write(partial)
-            # mkstemp files are private to the user; a published file gets the permissions of any new file.
-            mask = os.umask(0)
-            os.umask(mask)
-            partial.chmod(0o666 & ~mask)
-            _flush_to_disk(partial)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-        _flush_to_disk(path.parent)
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write `content` as indented JSON with sorted keys, durably."""
-    text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    write_file(path, lambda partial: partial.write_text(text, encoding="utf-8") and None)
-
-
-def write_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary folder beside `path`, then move it there; an older folder is replaced as a whole.
-
-    Raises:
-        OSError: the disk is full or not writable; the previous folder survives.
-    """
-    with clear_disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-        try:
-            write(partial)
-            partial.chmod(0o755)
-            for file in partial.iterdir():
-                _flush_to_disk(file)
-            if path.exists():
-                old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-                path.rename(old / "content")
-                partial.rename(path)
-                shutil.rmtree(old)
-            else:
-                partial.rename(path)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        _flush_to_disk(path.parent)
+def _without_infinities(value: object) -> object:
+    if isinstance(value, dict):
+        return {name: _without_infinities(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_infinities(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,6 +1,8 @@
 """What a user can ask for: one frozen dataclass per method, checked at construction, JSON round trip."""
 
 import dataclasses
+import math
+import os
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -13,6 +15,8 @@ RoundSchedule = Literal["linear", "geometric"]
 
 SCORE_HELP = "How important a weight is: |w|, |w * gradient| of the loss, or random (a control)."
 BUDGET_HELP = "How much stays where: one global threshold, the same density in every matrix, or Erdős–Rényi (ER, ERK)."
+REACHED = 1e-6  # how near the last round of `per_round` must come to `sparsity`
+
 INCLUDE_HELP = "Patterns of matrices to prune instead of the default set (see `find_sites`)."
 EXCLUDE_HELP = "Patterns of matrices to leave dense."
 
@@ -24,7 +28,8 @@ class LotteryTicketConfig:
     Each round starts from the rewound weights under the current mask, trains, and prunes to the next sparsity. The
     defaults follow the released code where it differs from the paper: equal steps of the original count per round, and
     the task head keeps its trained weights between rounds. Unlike that code, the schedule ends at `sparsity`, never at
-    100 %, the learning rate decays to its end in every round, and the final training starts from the head's first state.
+    100 %, the learning rate decays to its end in every round, and the final training starts from the head's first
+    state.
     """
 
     sparsity: float = field(default=0.6, metadata={"help": "Fraction of prunable weights that are zero in the end."})
@@ -61,12 +66,8 @@ class LotteryTicketConfig:
 
     def __post_init__(self) -> None:
         _check_common(self)
-        _check_choice("schedule", self.schedule, RoundSchedule)
+        check_choice("schedule", self.schedule, RoundSchedule)
         _check_positive(self, "rounds", "round_steps", "round_epochs", "score_batches")
-        if self.rounds is not None and self.per_round is not None:
-            raise ValueError(
-                f"Give `rounds` or `per_round`, not both, got rounds={self.rounds} and per_round={self.per_round}."
-            )
         if self.round_steps is not None and self.round_epochs is not None:
             raise ValueError(
                 f"Give `round_steps` or `round_epochs`, not both, got {self.round_steps} and {self.round_epochs}."
@@ -77,7 +78,13 @@ class LotteryTicketConfig:
             raise ValueError(
                 f"`rewind_step` must lie inside the first round of {self.round_steps} steps, got {self.rewind_step}."
             )
-        object.__setattr__(self, "rounds", _number_of_rounds(self))
+        # Both may be there when they agree: then this is a copy of a config, made by `replace` or read from a file.
+        rounds = self.rounds or 6 if self.per_round is None else _rounds_of_fraction(self)
+        if self.rounds not in (None, rounds):
+            raise ValueError(
+                f"Give `rounds` or `per_round`, not both, got rounds={self.rounds} and per_round={self.per_round}."
+            )
+        object.__setattr__(self, "rounds", rounds)
 
     def sparsities(self) -> list[float]:
         """The sparsity after each round, rising to `sparsity`."""
@@ -96,7 +103,8 @@ class GradualPruningConfig:
     initial_sparsity: float = field(default=0.0, metadata={"help": "Sparsity at `start_step`."})
     start_step: int = field(default=0, metadata={"help": "Optimizer step after which pruning begins."})
     end_step: int | None = field(
-        default=None, metadata={"help": "Optimizer step at which `sparsity` is reached (default: 2/3 of the training)."}
+        default=None,
+        metadata={"help": "Optimizer step at which `sparsity` is reached (default: 2/3 of the training)."},
     )
     every: int = field(default=10, metadata={"help": "Optimizer steps between two mask updates."})
     score: Score = field(default="magnitude", metadata={"help": SCORE_HELP})
@@ -124,7 +132,9 @@ class StaticSparsityConfig:
     """One fixed mask for the whole training: a ticket, or one drawn from the weights before the first step."""
 
     ticket: str | None = field(default=None, metadata={"help": "Folder or Hub id of a ticket to train under."})
-    sparsity: float | None = field(default=None, metadata={"help": "Instead of a ticket: prune once to this sparsity."})
+    sparsity: float | None = field(
+        default=None, metadata={"help": "Instead of a ticket: prune once to this sparsity."}
+    )
     check_base: bool = field(
         default=True, metadata={"help": "Refuse a ticket that was found on other base weights than the model's."}
     )
@@ -139,10 +149,18 @@ class StaticSparsityConfig:
 
     def __post_init__(self) -> None:
         if (self.ticket is None) == (self.sparsity is None):
-            raise ValueError(f"Give either `ticket` or `sparsity`, got ticket={self.ticket!r}, sparsity={self.sparsity!r}.")
+            raise ValueError(
+                f"Give either `ticket` or `sparsity`, got ticket={self.ticket!r}, sparsity={self.sparsity!r}."
+            )
+        if isinstance(self.ticket, os.PathLike):
+            object.__setattr__(self, "ticket", os.fspath(self.ticket))
+        if self.ticket is not None and not isinstance(self.ticket, str):
+            raise ValueError(
+                f"`ticket` must be a folder or a Hub id, got a {type(self.ticket).__name__}. "
+                "Pass a ticket in memory as `sparsity=ticket` instead of a config."
+            )
         _check_positive(self, "score_batches")
-        if self.sparsity is not None:
-            _check_common(self)
+        _check_common(self)
 
 
 SparsityConfig = LotteryTicketConfig | GradualPruningConfig | StaticSparsityConfig
@@ -161,7 +179,8 @@ def method_name(config: SparsityConfig) -> str:
 
 def config_to_dict(config: SparsityConfig) -> dict:
     """The config as plain JSON values, with its method's name."""
-    return {"method": method_name(config), **dataclasses.asdict(config)}
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(config).items()}
+    return {"method": method_name(config), **values}
 
 
 def config_from_dict(content: dict) -> SparsityConfig:
@@ -172,47 +191,50 @@ def config_from_dict(content: dict) -> SparsityConfig:
     """
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
     method = values.pop("method", None)
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"Unknown sparsity method {method!r}. Choose one of: {', '.join(sorted(METHODS))}.")
     known = {entry.name for entry in dataclasses.fields(METHODS[method])}
     if unknown := sorted(set(values) - known):
-        raise ValueError(f"{METHODS[method].__name__} has no field {unknown[0]!r}. Choose from: {', '.join(sorted(known))}.")
-    if method == "lottery_ticket" and values.get("per_round") is not None:
-        values.pop("rounds", None)  # derived from `per_round` at construction
+        raise ValueError(
+            f"{METHODS[method].__name__} has no field {unknown[0]!r}. Choose from: {', '.join(sorted(known))}."
+        )
     return METHODS[method](**values)
 
 
-def _number_of_rounds(config: LotteryTicketConfig) -> int:
-    if config.per_round is None:
-        return config.rounds or 6
-    _check_sparsity("per_round", config.per_round)
-    if config.per_round == 0:
+def _rounds_of_fraction(config: LotteryTicketConfig) -> int:
+    """How many rounds of `per_round` reach `sparsity`."""
+    fraction, sparsity = config.per_round, config.sparsity
+    _check_sparsity("per_round", fraction)
+    if fraction == 0:
         raise ValueError("`per_round` must be more than 0, got 0. It is the fraction of weights pruned in a round.")
-    counted = 0
-    reached = 0.0
-    while reached < config.sparsity - 1e-6:
-        counted += 1
-        before, reached = reached, (
-            counted * config.per_round if config.schedule == "linear" else 1 - (1 - config.per_round) ** counted
-        )
-    if abs(reached - config.sparsity) > 1e-6:
-        raise ValueError(
-            f"Rounds of `per_round`={config.per_round} ({config.schedule}) must reach `sparsity` exactly, got "
-            f"{config.sparsity}. Take sparsity {before:.4g} or {min(reached, 1):.4g}, or give `rounds` instead."
-        )
-    return max(1, counted)
+    linear = config.schedule == "linear"
+    rounds = sparsity / fraction if linear else math.log1p(-sparsity) / math.log1p(-fraction)
+    reached = {n: n * fraction if linear else 1 - (1 - fraction) ** n for n in (math.floor(rounds), math.ceil(rounds))}
+    for number, value in reached.items():
+        if abs(value - sparsity) <= REACHED:
+            return max(1, number)
+    choices = " or ".join(f"{value:.7g}" for value in reached.values() if 0 < value < 1)
+    raise ValueError(
+        f"Rounds of `per_round`={fraction} ({config.schedule}) must reach `sparsity` exactly, got {sparsity}. "
+        f"Take sparsity {choices}, or give `rounds` instead."
+    )
 
 
 def _check_common(config: SparsityConfig) -> None:
-    _check_sparsity("sparsity", config.sparsity)
-    _check_choice("score", config.score, Score)
-    _check_choice("budget", config.budget, Budget)
+    if type(config) is not StaticSparsityConfig or config.ticket is None:
+        _check_sparsity("sparsity", config.sparsity)
+    check_choice("score", config.score, Score)
+    check_choice("budget", config.budget, Budget)
+    if type(config.seed) is not int:
+        raise ValueError(f"`seed` must be a whole number, got {config.seed!r}.")
     for name in ("include", "exclude"):
         patterns = getattr(config, name)
-        if isinstance(patterns, str):
-            object.__setattr__(config, name, (patterns,))
-        elif patterns is not None:
-            object.__setattr__(config, name, tuple(patterns))
+        if patterns is None:
+            continue
+        patterns = (patterns,) if isinstance(patterns, str) else patterns
+        if not isinstance(patterns, (tuple, list)) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise ValueError(f"`{name}` must be a pattern or a list of patterns, got {patterns!r}.")
+        object.__setattr__(config, name, tuple(patterns))
 
 
 def _check_sparsity(name: str, value: float) -> None:
@@ -220,7 +242,8 @@ def _check_sparsity(name: str, value: float) -> None:
         raise ValueError(f"`{name}` must be in [0, 1), got {value!r}. It is a fraction of the prunable weights.")
 
 
-def _check_choice(name: str, value: str, choices: object) -> None:
+def check_choice(name: str, value: str, choices: object) -> None:
+    """Raise ValueError unless `value` is one of the values of the Literal `choices`."""
     if value not in get_args(choices):
         raise ValueError(f"Unknown {name} {value!r}. Choose one of: {', '.join(get_args(choices))}.")
 
@@ -229,7 +252,11 @@ def _check_positive(config: SparsityConfig, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         whole = type(config).__dataclass_fields__[name].type in (int, int | None)
-        if value is None:
+        optional = type(config).__dataclass_fields__[name].default is None
+        if value is None and optional:
             continue
-        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or value <= 0:
-            raise ValueError(f"`{name}` must be {'a whole number of 1 or more' if whole else 'more than 0'}, got {value!r}.")
+        number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+        if not number or not 0 < value < math.inf:  # NaN is not
+            raise ValueError(
+                f"`{name}` must be {'a whole number of 1 or more' if whole else 'more than 0'}, got {value!r}."
+            )

@@ -14,7 +14,7 @@ from sparse_hf.algorithms.budgets import (
 from sparse_hf.algorithms.scores import gradient_scores, random_scores
 from sparse_hf.algorithms.selection import keep_largest
 from sparse_hf.anatomy.sites import Site
-from sparse_hf.tickets.configs import Budget, Score
+from sparse_hf.tickets.configs import Budget, Score, check_choice
 
 
 @torch.no_grad()
@@ -45,8 +45,11 @@ def draw_masks(
         Bool masks (True = kept) of the parameters' shapes, by canonical parameter name.
 
     Raises:
-        ValueError: NaN or infinite weights, a missing gradient, or more zeros asked for than can be had.
+        ValueError: unknown score or budget, NaN or infinite scores, a missing gradient, or more zeros asked for than
+            can be had.
     """
+    check_choice("score", score, Score)
+    check_choice("budget", budget, Budget)
     weights = [site.part(parameters[site.parameter].detach()) for site in sites]
     scores = _scores(sites, weights, score, gradients, generator)
     candidates = None if previous is None else [site.part(previous[site.parameter]) for site in sites]
@@ -60,11 +63,15 @@ def draw_masks(
         counts = _counts([site.shape for site in sites], keep, capacities, budget)
         kept = [
             keep_largest(
-                [scores[i]], count, candidates=None if candidates is None else [candidates[i]], names=[names[i]], **options
+                [scores[i]],
+                count,
+                candidates=None if candidates is None else [candidates[i]],
+                names=[names[i]],
+                **options,
             )[0]
             for i, count in enumerate(counts)
         ]
-    return _by_parameter(sites, kept, parameters)
+    return join_sites(sites, kept, parameters)
 
 
 def _scores(
@@ -80,10 +87,14 @@ def _scores(
         if generator is None:
             raise ValueError("score='random' needs a `generator`, got None. Seed one with `torch.Generator()`.")
         return [random_scores(weight, generator) for weight in weights]
-    if gradients is None:
-        raise ValueError("score='gradient' needs `gradients` of the loss, got None. Run a backward pass first.")
+    for site in sites:
+        if site.parameter not in (gradients or {}):
+            raise ValueError(
+                f"score='gradient' needs gradients, `{site.parameter}` has none. Run a backward pass first."
+            )
     return [
-        gradient_scores(weight, site.part(gradients[site.parameter])) for site, weight in zip(sites, weights, strict=True)
+        gradient_scores(weight, site.part(gradients[site.parameter]))
+        for site, weight in zip(sites, weights, strict=True)
     ]
 
 
@@ -94,10 +105,8 @@ def _counts(shapes: list[tuple[int, int]], keep: int, capacities: list[int], bud
     return counter(shapes, keep, capacities)
 
 
-def _by_parameter(
-    sites: Sequence[Site], kept: Sequence[Tensor], parameters: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Join the masks of sites that live in one parameter (the experts of a layer)."""
+def join_sites(sites: Sequence[Site], kept: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Masks by parameter from one mask per site: those of the experts of a layer are joined."""
     masks: dict[str, Tensor] = {}
     for site, mask in zip(sites, kept, strict=True):
         if site.expert is None:
@@ -105,6 +114,8 @@ def _by_parameter(
             continue
         parameter = parameters[site.parameter]
         # Experts that are no site (excluded by a pattern) stay dense.
-        whole = masks.setdefault(site.parameter, torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device))
+        whole = masks.setdefault(
+            site.parameter, torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device)
+        )
         site.part(whole).copy_(mask)
     return masks

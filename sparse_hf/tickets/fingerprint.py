@@ -8,11 +8,12 @@ from torch import Tensor
 
 from sparse_hf.algorithms.bits import unpack_bits
 from sparse_hf.algorithms.masking import sign_extended, zero_pruned_
+from sparse_hf.tickets.fit import may_be_missing
 
 
 @torch.no_grad()
 def base_fingerprint(parameters: Mapping[str, Tensor], bits: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the kept weights, rounded to bfloat16.
+    """SHA-256 of the kept weights without those of poolers, rounded to bfloat16.
 
     Only kept weights count, so a model to which the ticket was applied keeps its fingerprint; rounding makes a model
     loaded in bfloat16 equal to its float32 original.
@@ -23,6 +24,8 @@ def base_fingerprint(parameters: Mapping[str, Tensor], bits: Mapping[str, Tensor
     """
     digest = hashlib.sha256()
     for name in sorted(bits):
+        if may_be_missing(name):
+            continue  # else the same base would have another fingerprint under a head that leaves it out
         rounded = parameters[name].detach().to(device="cpu", dtype=torch.bfloat16, copy=True).contiguous()
         mask = unpack_bits(bits[name], tuple(rounded.shape))
         zero_pruned_(rounded, sign_extended(mask))

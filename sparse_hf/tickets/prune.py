@@ -1,6 +1,7 @@
 """Prune a model once, in place."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,8 @@ from sparse_hf.anatomy.sites import find_sites
 from sparse_hf.tickets.configs import Budget, Score
 from sparse_hf.tickets.draw import draw_masks
 from sparse_hf.tickets.fingerprint import base_fingerprint
-from sparse_hf.tickets.ticket import Ticket, origin_of
+from sparse_hf.tickets.origin import origin_of
+from sparse_hf.tickets.ticket import Ticket
 
 
 def prune(
@@ -35,21 +37,19 @@ def prune(
         seed: of score="random".
 
     Raises:
-        ValueError: nothing to prune, a sparsity out of range, NaN weights; the model is unchanged.
+        ValueError: nothing to prune, a sparsity out of range, unknown score or budget, NaN or infinite scores, missing
+            gradients; the model is unchanged.
     """
     sites = find_sites(model, include, exclude)
     parameters = named_canonical_parameters(model)
     if score == "gradient" and gradients is None:
         gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
-        missing = [site.parameter for site in sites if site.parameter not in gradients]
-        if missing:
-            raise ValueError(f"score='gradient' needs gradients, `{missing[0]}` has none. Run a backward pass first.")
     generator = torch.Generator().manual_seed(seed)
     masks = draw_masks(
         sites, parameters, sparsity, score=score, budget=budget, gradients=gradients, generator=generator
     )
     config = {"sparsity": sparsity, "score": score, "budget": budget, "seed": seed}
     ticket = Ticket.from_masks(masks, origin_of(model, method="one_shot", config=config))
-    fingerprint = base_fingerprint(parameters, ticket.bits)
-    ticket.origin = origin_of(model, method="one_shot", config=config, base_fingerprint=fingerprint)
-    return ticket.apply(model, check_base=False) and ticket
+    ticket.origin = replace(ticket.origin, base_fingerprint=base_fingerprint(parameters, ticket.bits))
+    ticket.apply(model, check_base=False)
+    return ticket

@@ -1,14 +1,11 @@
 """A ticket: which weights of a base model stay, and where that was learned."""
 
 import dataclasses
-import difflib
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from sparse_hf.algorithms.bits import pack_bits, unpack_bits
@@ -16,37 +13,24 @@ from sparse_hf.algorithms.mask_distance import hamming_distance, overlap
 from sparse_hf.algorithms.masking import sign_extended, zero_pruned_
 from sparse_hf.anatomy.canonical_names import named_canonical_parameters
 from sparse_hf.anatomy.sites import find_sites
-from sparse_hf.storage.checked_json import field as checked
-from sparse_hf.storage.checked_json import read_json
 from sparse_hf.storage.durable import write_folder, write_json
 from sparse_hf.storage.locations import local_folder, push_folder
 from sparse_hf.storage.mask_file import MASKS_FILE, load_bits, save_bits
+from sparse_hf.tickets.draw import join_sites
 from sparse_hf.tickets.fingerprint import base_fingerprint
+from sparse_hf.tickets.fit import misfits, near
+from sparse_hf.tickets.origin import TicketOrigin, origin_of, read_origin
 
 
 DESCRIPTION_FILE = "sparse_hf.json"
-
-
-@dataclass(frozen=True)
-class TicketOrigin:
-    """Where a ticket comes from; everything in it is plain JSON."""
-
-    method: str | None = field(default=None, metadata={"help": "Method that found the mask."})
-    config: dict = field(default_factory=dict, metadata={"help": "That method's config."})
-    base_model: str | None = field(default=None, metadata={"help": "Name or path the base weights were loaded from."})
-    base_revision: str | None = field(default=None, metadata={"help": "Commit of the base model on the Hub."})
-    base_fingerprint: str | None = field(default=None, metadata={"help": "Hash of the base's kept weights."})
-    model_type: str | None = field(default=None, metadata={"help": "Architecture, as in `config.model_type`."})
-    model_parameters: int | None = field(default=None, metadata={"help": "Number of parameters of the whole model."})
-    metrics: dict = field(default_factory=dict, metadata={"help": "Metrics at the end of the search."})
-    versions: dict = field(default_factory=dict, metadata={"help": "Versions of the libraries used."})
 
 
 class Ticket:
     """Masks keyed by canonical parameter name, one bit per weight, plus their origin.
 
     No model is needed to read, compare or save one. A ticket found with one task head applies to the same encoder
-    under any other head, because names are relative to the base model.
+    under any other head, because names are relative to the base model; the mask of a pooler is skipped under a head
+    that leaves the pooler out.
     """
 
     def __init__(
@@ -57,7 +41,12 @@ class Ticket:
         Args:
             bits: packed masks, 1-D uint8, by canonical parameter name.
             shapes: the parameters' shapes by the same names.
+
+        Raises:
+            ValueError: no masks, or masks without shapes.
         """
+        if set(bits) != set(shapes) or not sum(math.prod(shape) for shape in shapes.values()):
+            raise ValueError(f"A ticket needs a mask and a shape of each matrix, got {len(bits)} and {len(shapes)}.")
         self.bits = dict(bits)
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self.origin = origin or TicketOrigin()
@@ -81,8 +70,8 @@ class Ticket:
         """
         parameters = named_canonical_parameters(model)
         sites = find_sites(model, include, exclude)
-        masks = {site.parameter: parameters[site.parameter].detach() != 0 for site in sites}
-        return cls.from_masks(masks, origin_of(model))
+        kept = [site.part(parameters[site.parameter].detach()) != 0 for site in sites]
+        return cls.from_masks(join_sites(sites, kept, parameters), origin_of(model))
 
     def mask(self, name: str) -> Tensor:
         """Bool mask of one parameter, True = kept.
@@ -91,7 +80,7 @@ class Ticket:
             KeyError: the ticket has no such parameter; the message lists near names.
         """
         if name not in self.bits:
-            raise KeyError(f"The ticket has no mask for `{name}`.{_near(name, self.bits)}")
+            raise KeyError(f"The ticket has no mask for `{name}`.{near(name, self.bits)}")
         return unpack_bits(self.bits[name], self.shapes[name])
 
     def masks(self) -> dict[str, Tensor]:
@@ -100,7 +89,7 @@ class Ticket:
 
     @property
     def num_weights(self) -> int:
-        """Number of prunable weights: the denominator of `sparsity`."""
+        """Number of prunable weights, the denominator of `sparsity`: all weights of the masked parameters."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
     @property
@@ -124,7 +113,7 @@ class Ticket:
         for name, mask in ((name, self.mask(name)) for name in self.bits):
             if mask.ndim == 3:
                 for expert, part in enumerate(mask):
-                    result[f"{name}[{expert}]"] = 1 - part.float().mean().item()
+                    result[f"{name}[{expert}]"] = 1 - int(part.sum()) / part.numel()
             else:
                 result[name] = 1 - int(mask.sum()) / mask.numel()
         return result
@@ -152,25 +141,24 @@ class Ticket:
         """
         self.check(model, check_base)
         parameters = named_canonical_parameters(model)
-        for name in self.bits:
+        for name in self.bits.keys() & parameters.keys():
             bits = sign_extended(self.mask(name)).to(parameters[name].device)
             zero_pruned_(parameters[name].data, bits)
         return model
 
+    def masks_for(self, model: nn.Module, check_base: bool = True) -> dict[str, Tensor]:
+        """The bool masks that `apply` would use, by canonical parameter name, or the error it would raise."""
+        self.check(model, check_base)
+        parameters = named_canonical_parameters(model)
+        return {name: self.mask(name) for name in self.bits if name in parameters}
+
     def check(self, model: nn.Module, check_base: bool = True) -> None:
         """Raise the error that `apply` would raise, without changing anything."""
         parameters = named_canonical_parameters(model)
-        problems = []
-        for name, shape in self.shapes.items():
-            if name not in parameters:
-                problems.append(f"no parameter `{name}`{_near(name, parameters)}")
-            elif tuple(parameters[name].shape) != shape:
-                problems.append(f"`{name}` has shape {list(parameters[name].shape)}, the ticket {list(shape)}")
-        if problems:
-            shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        if problems := misfits(self.shapes, parameters):
             found = f" a {self.origin.model_type}" if self.origin.model_type else " another model"
             raise ValueError(
-                f"The ticket (found on{found}) does not fit {type(model).__name__}: {shown}. "
+                f"The ticket (found on{found}) does not fit {type(model).__name__}: {problems}. "
                 "Apply it to the architecture it was found on."
             )
         expected = self.origin.base_fingerprint
@@ -181,19 +169,20 @@ class Ticket:
             )
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write `sparse_masks.safetensors` and `sparse_hf.json` into a new folder, or replace a ticket there as a whole.
+        """Write `sparse_masks.safetensors` and `sparse_hf.json` into a new folder, or replace a ticket as a whole.
 
         Raises:
-            FileExistsError: the folder holds something else than a ticket.
+            FileExistsError: the folder holds something else than a ticket, or is a file.
             OSError: the disk is full or not writable; an older ticket survives.
         """
         folder = Path(folder)
-        if folder.exists():
-            strangers = sorted({file.name for file in folder.iterdir()} - {MASKS_FILE, DESCRIPTION_FILE, "README.md"})
-            if strangers:
-                raise FileExistsError(
-                    f"`{folder}` must be new or hold an older ticket, found {strangers[0]!r}. Choose another folder."
-                )
+        entries = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+        strangers = sorted(entries - {MASKS_FILE, DESCRIPTION_FILE})
+        if strangers or (folder.exists() and not folder.is_dir()):
+            found = repr(strangers[0]) if strangers else "a file"
+            raise FileExistsError(
+                f"`{folder}` must be new or hold an older ticket, found {found}. Choose another folder."
+            )
         write_folder(folder, self._write)
         return folder
 
@@ -217,9 +206,9 @@ class Ticket:
         folder = local_folder(name_or_path, [MASKS_FILE, DESCRIPTION_FILE], revision, token, cache_dir)
         bits, shapes = load_bits(folder / MASKS_FILE)
         if not bits:
-            raise ValueError(f"`{folder / MASKS_FILE}` holds no mask. It is not a ticket.")
+            raise ValueError(f"`{folder / MASKS_FILE}` holds no mask, so it is not a ticket. Name another folder.")
         description = folder / DESCRIPTION_FILE
-        return cls(bits, shapes, _read_origin(description) if description.is_file() else None)
+        return cls(bits, shapes, read_origin(description) if description.is_file() else None)
 
     def push_to_hub(
         self,
@@ -256,36 +245,9 @@ class Ticket:
         differing = sorted(set(self.shapes.items()) ^ set(other.shapes.items()))
         if differing:
             raise ValueError(
-                f"Only tickets of one architecture can be compared; `{differing[0][0]}` has no counterpart of its shape."
+                f"Only tickets of the same matrices can be compared, `{differing[0][0]}` has no equal in shape. "
+                "Find both with the same `include` and `exclude`."
             )
 
     def __repr__(self) -> str:
         return f"Ticket(sparsity={self.sparsity:.4f}, weights={self.num_weights}, method={self.origin.method!r})"
-
-
-def origin_of(model: nn.Module, **known: object) -> TicketOrigin:
-    """The origin of a ticket drawn on `model`: its type, size, name and revision, plus what is `known`."""
-    config = getattr(model, "config", None)
-    facts = {
-        "model_type": getattr(config, "model_type", None),
-        "base_model": getattr(config, "name_or_path", None) or None,
-        "base_revision": getattr(config, "_commit_hash", None),
-        "model_parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "versions": {"torch": torch.__version__},
-    }
-    return TicketOrigin(**(facts | known))
-
-
-def _read_origin(path: Path) -> TicketOrigin:
-    content = read_json(path)
-    kinds = {"config": dict, "metrics": dict, "versions": dict, "model_parameters": int}
-    values = {}
-    for entry in dataclasses.fields(TicketOrigin):
-        kind = kinds.get(entry.name, str)
-        values[entry.name] = checked(content, entry.name, kind, path, {} if kind is dict else None)
-    return TicketOrigin(**values)
-
-
-def _near(name: str, names: Mapping[str, object]) -> str:
-    close = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
-    return f" (near names: {', '.join(close)})" if close else ""

@@ -25,7 +25,8 @@ from sparse_hf.tickets.configs import (
     StaticSparsityConfig,
     config_to_dict,
 )
-from sparse_hf.tickets.ticket import DESCRIPTION_FILE, Ticket, TicketOrigin, origin_of
+from sparse_hf.tickets.origin import TicketOrigin, origin_of
+from sparse_hf.tickets.ticket import DESCRIPTION_FILE, Ticket
 from sparse_hf.training.first_masks import draw_at, masks_of_ticket, static_masks
 from sparse_hf.training.mask_keeper import MaskKeeper
 
@@ -62,6 +63,7 @@ class SparsityCallback(TrainerCallback):
         self.resume_from = resume_from
         self.keeper: MaskKeeper | None = None
         self._last: Ticket | None = None
+        self._saved_in: Path | None = None
         self._origin = TicketOrigin()
 
     @property
@@ -88,14 +90,17 @@ class SparsityCallback(TrainerCallback):
         **kwargs: object,
     ) -> None:
         """Draw the masks, or read those of the checkpoint being resumed, and attach the keeper."""
+        trained_before = self._last is not None or self.keeper is not None
         if self.keeper is not None:  # a batch-size search starts training again in the same run
             self.keeper.detach()
+        self._saved_in = None
         self._check_schedule(state)
         self._origin = self._describe(model)
         if state.global_step > 0:
             masks = self._masks_of_checkpoint(args, state, model)
         else:
-            masks = self._first_masks(model, train_dataloader)
+            # Weights that this callback has trained are no longer those of the ticket's base.
+            masks = self._first_masks(model, train_dataloader, check_base=not trained_before)
         self.keeper = MaskKeeper(optimizer, named_canonical_parameters(model), masks)
         logger.info("Training under %s.", self.ticket)
 
@@ -121,7 +126,8 @@ class SparsityCallback(TrainerCallback):
     ) -> None:
         """Put the masks beside the checkpoint, unless `SparseTrainer` wrote them with it."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and folder.is_dir() and not (folder / MASKS_FILE).is_file():
+        # A mask file may lie there from an earlier run in the same folder, so its presence says nothing.
+        if state.is_world_process_zero and folder.is_dir() and folder != self._saved_in:
             self.save_masks(folder)
 
     def on_train_end(
@@ -149,6 +155,11 @@ class SparsityCallback(TrainerCallback):
         ticket = self.ticket
         save_bits(folder / MASKS_FILE, ticket.bits, ticket.shapes)
         write_json(folder / DESCRIPTION_FILE, {**ticket.description(), "kind": "model"})
+        self._saved_in = folder
+
+    def adopt(self, ticket: Ticket) -> None:
+        """Report and save `ticket`, whose zeros the weights carry already, before any training."""
+        self._last = ticket
 
     def _describe(self, model: nn.Module) -> TicketOrigin:
         if isinstance(self.sparsity, Ticket):
@@ -156,11 +167,14 @@ class SparsityCallback(TrainerCallback):
         config = config_to_dict(self.sparsity)
         return origin_of(model, method=config["method"], config=config)
 
-    def _first_masks(self, model: nn.Module, dataloader: DataLoader | None) -> dict[str, Tensor]:
+    def _first_masks(
+        self, model: nn.Module, dataloader: DataLoader | None, check_base: bool = True
+    ) -> dict[str, Tensor]:
         if isinstance(self.sparsity, Ticket):
-            return masks_of_ticket(self.sparsity, model, check_base=True)
+            return masks_of_ticket(self.sparsity, model, check_base)
         if isinstance(self.sparsity, StaticSparsityConfig):
-            return static_masks(self.sparsity, model, dataloader)
+            config = replace(self.sparsity, check_base=self.sparsity.check_base and check_base)
+            return static_masks(config, model, dataloader)
         # Gradients do not exist before the first step, so a gradient score begins dense.
         begins_dense = self.sparsity.start_step > 0 or self.sparsity.score == "gradient"
         return draw_at(replace(self.sparsity, score="magnitude") if begins_dense else self.sparsity, model,
@@ -176,7 +190,14 @@ class SparsityCallback(TrainerCallback):
                 f"The run resumes at step {state.global_step}, but `{folder}` holds no `{MASKS_FILE}`. "
                 "Pass `SparsityCallback(..., resume_from=<the checkpoint>)`."
             )
-        return masks_of_ticket(Ticket.from_pretrained(folder), model, check_base=False)
+        masks = masks_of_ticket(Ticket.from_pretrained(folder), model, check_base=False)
+        for name, parameter in named_canonical_parameters(model).items():
+            if name in masks and bool((parameter.detach() != 0).logical_and_(~masks[name].to(parameter.device)).any()):
+                raise ValueError(
+                    f"The masks in `{folder}` are not those of the weights the run resumes with (`{name}` differs). "
+                    "Pass `SparsityCallback(..., resume_from=<the checkpoint>)`."
+                )
+        return masks
 
     def _end_step(self, state: TrainerState) -> int:
         if self.sparsity.end_step is not None:

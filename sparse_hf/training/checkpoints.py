@@ -20,12 +20,30 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether a Trainer checkpoint has its last file, `trainer_state.json`, and no file of it is cut off."""
+    """Whether a Trainer checkpoint can be continued bit for bit: nothing of it is missing or cut off.
+
+    `trainer_state.json` is its last file. A checkpoint without optimizer and random states (`save_only_model`) is not.
+    """
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        steps_in_checkpoint(checkpoint)
         for file in checkpoint.glob("*.safetensors"):
             with safe_open(file, framework="pt"):
                 pass
     except (OSError, ValueError, SafetensorError):
         return False
+    if not all(any(checkpoint.glob(pattern)) for pattern in ("optimizer.pt", "scheduler.pt", "rng_state*.pth")):
+        return False
     return all(zipfile.is_zipfile(file) for pattern in ("*.pt", "*.pth") for file in checkpoint.glob(pattern))
+
+
+def steps_in_checkpoint(checkpoint: Path) -> int:
+    """The optimizer steps after which a Trainer checkpoint was written.
+
+    Raises:
+        OSError, ValueError: `trainer_state.json` is missing or damaged.
+    """
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    steps = state.get("global_step") if isinstance(state, dict) else None
+    if not isinstance(steps, int):
+        raise ValueError(f"`{checkpoint / 'trainer_state.json'}` must say its `global_step`, got {steps!r}.")
+    return steps

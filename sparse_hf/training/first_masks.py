@@ -16,8 +16,7 @@ from sparse_hf.training.gradients import mean_gradients
 
 def masks_of_ticket(ticket: Ticket, model: nn.Module, check_base: bool) -> dict[str, Tensor]:
     """The ticket's masks, after names, shapes and base weights were found to fit."""
-    ticket.check(model, check_base)
-    return ticket.masks()
+    return ticket.masks_for(model, check_base)
 
 
 def draw_at(

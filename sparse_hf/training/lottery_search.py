@@ -9,7 +9,6 @@ Under `output_dir`:
 """
 
 import contextlib
-import copy
 import math
 import time
 from collections.abc import Iterator
@@ -26,10 +25,12 @@ from sparse_hf.anatomy.sites import Site
 from sparse_hf.tickets.configs import LotteryTicketConfig, config_to_dict
 from sparse_hf.tickets.draw import draw_masks
 from sparse_hf.tickets.fingerprint import base_fingerprint
-from sparse_hf.tickets.ticket import Ticket, origin_of
+from sparse_hf.tickets.origin import origin_of
+from sparse_hf.tickets.ticket import Ticket
 from sparse_hf.training.checkpoints import last_complete_checkpoint
 from sparse_hf.training.first_masks import seeded, site_gradients
-from sparse_hf.training.search_checks import check_before_search
+from sparse_hf.training.round_metrics import metrics_of_weights
+from sparse_hf.training.search_checks import check_before_search, check_optimizers, round_arguments
 from sparse_hf.training.search_journal import SearchJournal, open_journal
 from sparse_hf.training.snapshot import restore_snapshot, save_snapshot
 from sparse_hf.training.stateful_callbacks import callback_states, set_callback_states, states_in_checkpoint
@@ -46,13 +47,19 @@ class LotterySearch:
         """
         Args:
             trainer: trains one round at a time by `train_once`.
+
+        Raises:
+            ValueError: the trainer was given a ready-made optimizer.
         """
+        check_optimizers(trainer)
         self.trainer = trainer
         self.config = config
         self.round = 0  # 1-based while a round runs; 0 outside, also in the final training
         self.sparsity = 0.0  # of the model being trained
         self.seconds = {"training": 0.0, "pruning": 0.0, "rewinding": 0.0, "saving": 0.0}
+        self.records: list[dict] = []  # per finished round: sparsity drawn, metrics of its training, seconds
         self._ticket: Ticket | None = None
+        self._pristine: dict[str, dict] = {}  # counters of callbacks before any training
 
     @property
     def ticket(self) -> Ticket:
@@ -80,7 +87,7 @@ class LotterySearch:
         Raises:
             ValueError, FileExistsError: the search cannot be right; nothing was trained or written.
         """
-        if isinstance(resume, str) and Path(resume) != Path(self.trainer.args.output_dir):
+        if not isinstance(resume, (bool, type(None))) and Path(resume) != Path(self.trainer.args.output_dir):
             raise ValueError(
                 f"A search is resumed by `resume_from_checkpoint=True` with its `output_dir`, got {resume!r}."
             )
@@ -88,11 +95,13 @@ class LotterySearch:
         self._folder = Path(trainer.args.output_dir)
         sites = check_before_search(trainer, config)
         journal = open_journal(self._folder, config_to_dict(config), bool(resume))
-        pristine = callback_states(trainer)
+        # What a run of this trainer before this one (which may have crashed) left behind must not leak in.
+        self._pristine = callback_states(trainer) | self._pristine
+        self.seconds = dict.fromkeys(self.seconds, 0.0)
         self._begin(journal)
+        self.records = journal.rounds
         finished = len(journal.rounds)
-        if finished:
-            self._ticket = Ticket.from_pretrained(self._round_folder(finished) / "ticket")
+        self._ticket = Ticket.from_pretrained(self._round_folder(finished) / "ticket") if finished else None
         steps = tqdm(
             total=config.rounds + config.final_training,
             initial=finished,
@@ -100,22 +109,23 @@ class LotterySearch:
             unit="round",
             disable=trainer.args.disable_tqdm or not trainer.is_world_process_zero(),
         )
-        with steps, _without_model_init(trainer):
+        with steps, _without_model_init(trainer), self._no_round_afterwards():
             output = TrainOutput(0, 0.0, {})
             for number, sparsity in enumerate(config.sparsities(), start=1):
                 if number <= finished:
                     continue
                 steps.set_postfix_str(f"round {number}/{config.rounds}, training at {self._current_sparsity():.1%} zeros")
-                output = self._run_round(number, sparsity, sites, journal, pristine)
+                output = self._run_round(number, sparsity, sites, journal)
                 steps.update()
             self._publish_ticket(journal)
             if config.final_training:
                 steps.set_postfix_str(f"training the ticket at {self._current_sparsity():.1%} zeros")
-                output = self._train_ticket(journal, pristine)
+                output = self._train_ticket(journal)
                 steps.update()
             else:
                 self._rewind(self._rewind_point())
                 self.ticket.apply(trainer.model)
+                trainer.train_under(self.ticket, already_applied=True)  # what is saved from now on carries its masks
         metrics = {f"search_{name}_seconds": seconds for name, seconds in self.seconds.items()}
         return TrainOutput(output.global_step, output.training_loss, output.metrics | metrics)
 
@@ -126,20 +136,14 @@ class LotterySearch:
                 journal.save()
             self.trainer.accelerator.wait_for_everyone()
 
-    def _run_round(
-        self, number: int, sparsity: float, sites: list[Site], journal: SearchJournal, pristine: dict
-    ) -> TrainOutput:
+    def _run_round(self, number: int, sparsity: float, sites: list[Site], journal: SearchJournal) -> TrainOutput:
         """Rewind, train under the current ticket, prune to `sparsity`, save."""
         before = dict(self.seconds)
         folder = self._round_folder(number)
         self.round = number
-        output = self._train(folder, self._round_arguments(folder), pristine)
-        if not math.isfinite(output.training_loss):
-            raise ValueError(
-                f"Round {number} ended with a training loss of {output.training_loss}, so its weights say nothing. "
-                "Lower the learning rate or check the data; finished rounds are kept."
-            )
-        metrics = _last_metrics(self.trainer.state)
+        output = self._train(folder, round_arguments(self.config, self.trainer.args, folder))
+        self._check_finite(output.training_loss, folder)
+        metrics = metrics_of_weights(self.trainer.state, self.trainer.args)
         with self._timed("pruning"):
             masks = self._draw(number, sparsity, sites)
         with self._timed("saving"):
@@ -162,11 +166,11 @@ class LotterySearch:
         self.round = 0
         return output
 
-    def _train_ticket(self, journal: SearchJournal, pristine: dict) -> TrainOutput:
+    def _train_ticket(self, journal: SearchJournal) -> TrainOutput:
         """Train the rewound ticket with the arguments the user gave, from the head's first state."""
-        output = self._train(self._folder, self.trainer.args, pristine)
+        output = self._train(self._folder, self.trainer.args)
         with self._timed("saving"):
-            metrics = _last_metrics(self.trainer.state)
+            metrics = metrics_of_weights(self.trainer.state, self.trainer.args)
             facts = {"method": "lottery_ticket", "config": config_to_dict(self.config), "metrics": metrics}
             fingerprint = self.ticket.origin.base_fingerprint
             self.ticket.origin = origin_of(self.trainer.model, base_fingerprint=fingerprint, **facts)
@@ -174,7 +178,7 @@ class LotterySearch:
             self._publish_ticket(journal)
         return output
 
-    def _train(self, folder: Path, arguments: TrainingArguments, pristine: dict) -> TrainOutput:
+    def _train(self, folder: Path, arguments: TrainingArguments) -> TrainOutput:
         """One training from the rewound weights, or from the last whole checkpoint in `folder`."""
         trainer = self.trainer
         self._rewind(self._start if self.round == 1 else self._rewind_point())
@@ -183,7 +187,7 @@ class LotterySearch:
         trainer.train_under(self._ticket)
         self.sparsity = self._current_sparsity()
         trainer.optimizer = trainer.lr_scheduler = None  # new in each round
-        set_callback_states(trainer, pristine)
+        set_callback_states(trainer, self._pristine)
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback):
                 callback.logging_dir = None  # a run of its own per round: steps begin at 0 again
@@ -241,16 +245,16 @@ class LotterySearch:
     def _round_folder(self, number: int) -> Path:
         return self._folder / f"round-{number}"
 
-    def _round_arguments(self, folder: Path) -> TrainingArguments:
-        """The user's arguments with a round's length and folder; rounds are not pushed to the Hub."""
-        arguments = copy.copy(self.trainer.args)
-        arguments.output_dir = str(folder)
-        arguments.push_to_hub = False
-        if self.config.round_steps is not None:
-            arguments.max_steps = self.config.round_steps
-        elif self.config.round_epochs is not None:
-            arguments.max_steps, arguments.num_train_epochs = -1, self.config.round_epochs
-        return arguments
+    def _check_finite(self, loss: float, folder: Path) -> None:
+        """The Trainer's `logging_nan_inf_filter` hides NaN from the loss, so the weights are looked at too."""
+        parameters = named_canonical_parameters(self.trainer.model).items()
+        broken = next((name for name, parameter in parameters if not parameter.isfinite().all()), None)
+        if broken is not None or not math.isfinite(loss):
+            found = f"a training loss of {loss}" if broken is None else f"NaN or infinite weights in `{broken}`"
+            raise ValueError(
+                f"Round {self.round} ended with {found}, so its weights say nothing. Lower the learning rate or check "
+                f"the data, delete `{folder}`, and resume; finished rounds are kept."
+            )
 
     def _is_head(self, full_name: str) -> bool:
         parameters, buffers = head_names(self.trainer.model)
@@ -258,6 +262,13 @@ class LotterySearch:
 
     def _current_sparsity(self) -> float:
         return 0.0 if self._ticket is None else self._ticket.sparsity
+
+    @contextlib.contextmanager
+    def _no_round_afterwards(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self.round = 0
 
     @contextlib.contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -280,14 +291,6 @@ class _TakeSnapshot(TrainerCallback):
     ) -> None:
         if state.global_step == self.step and args.should_save:
             save_snapshot(kwargs["model"], self.path)
-
-
-def _last_metrics(state: TrainerState) -> dict[str, float]:
-    """The last evaluation in the Trainer's log, without its timings."""
-    records = [record for record in state.log_history if any(name.startswith("eval_") for name in record)]
-    timings = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
-    last = records[-1] if records else {}
-    return {name: value for name, value in last.items() if name.startswith("eval_") and name not in timings}
 
 
 @contextlib.contextmanager

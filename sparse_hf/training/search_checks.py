@@ -1,6 +1,10 @@
 """What would make a search wrong, found before hours of training?"""
 
+import copy
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from transformers import TrainingArguments
 
 from sparse_hf.algorithms.budgets import num_kept
 from sparse_hf.anatomy.sites import Site, find_sites
@@ -15,8 +19,8 @@ def check_before_search(trainer: "SparseTrainer", config: LotteryTicketConfig) -
     """The sites to prune, after everything that can be checked without training was.
 
     Raises:
-        ValueError: no sites; a sparsity that leaves no weight; a fixed optimizer; a round longer than the training; a
-            rewinding step outside the dense round.
+        ValueError: no sites; a sparsity that leaves no weight; a round longer than the training; a rewinding step
+            outside the dense round; checkpoints that stop a round before its end.
     """
     sites = find_sites(trainer.model, config.include, config.exclude)
     weights = sum(rows * columns for rows, columns in (site.shape for site in sites))
@@ -25,18 +29,19 @@ def check_before_search(trainer: "SparseTrainer", config: LotteryTicketConfig) -
             f"`sparsity` must leave at least one weight in each of the {len(sites)} matrices, got {config.sparsity} of "
             f"{weights} weights. Lower it, or exclude small matrices."
         )
-    if trainer.optimizer is not None or trainer.lr_scheduler is not None:
+    if trainer.args.enable_jit_checkpoint:
         raise ValueError(
-            "A search makes a new optimizer in each round, got a ready-made one in `optimizers`. Set `args.optim`, or "
-            "pass `optimizer_cls_and_kwargs`."
+            "A search goes on from its own checkpoints, got `enable_jit_checkpoint`, which would end a round before "
+            "its last step. Switch it off, and set `save_strategy`."
         )
-    total = training_steps(trainer)
-    if config.round_steps is not None and config.round_steps > total:
+    total = _training_steps(trainer, trainer.args)
+    length = _training_steps(trainer, round_arguments(config, trainer.args, Path(trainer.args.output_dir)))
+    if length > total:
+        given = "round_steps" if config.round_steps is not None else "round_epochs"
         raise ValueError(
             f"A round must not be longer than the whole training on this data ({total} steps), got "
-            f"`round_steps`={config.round_steps}. Lower it, or raise `num_train_epochs` or `max_steps`."
+            f"`{given}`={getattr(config, given)}. Lower it, or raise `num_train_epochs` or `max_steps`."
         )
-    length = round_steps(config, trainer, total)
     if config.rewind_step >= length:
         raise ValueError(
             f"`rewind_step` must lie inside the first round of {length} steps, got {config.rewind_step}."
@@ -44,16 +49,27 @@ def check_before_search(trainer: "SparseTrainer", config: LotteryTicketConfig) -
     return sites
 
 
-def training_steps(trainer: "SparseTrainer") -> int:
-    """Optimizer steps of one whole training with the trainer's arguments and data."""
-    return trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+def check_optimizers(trainer: "SparseTrainer") -> None:
+    """Raise ValueError if the trainer was given a ready-made optimizer or scheduler, of which each round needs its own."""
+    if trainer.optimizer is not None or trainer.lr_scheduler is not None:
+        raise ValueError(
+            "A search makes a new optimizer in each round, got a ready-made one in `optimizers`. Set `args.optim`, or "
+            "pass `optimizer_cls_and_kwargs`."
+        )
 
 
-def round_steps(config: LotteryTicketConfig, trainer: "SparseTrainer", total: int) -> int:
-    """Optimizer steps of one round; `total` is the length of the whole training."""
+def round_arguments(config: LotteryTicketConfig, arguments: TrainingArguments, folder: Path) -> TrainingArguments:
+    """The user's arguments with a round's length and folder; rounds are not pushed to the Hub."""
+    changed = copy.copy(arguments)
+    changed.output_dir = str(folder)
+    changed.push_to_hub = False
     if config.round_steps is not None:
-        return config.round_steps
-    if config.round_epochs is None:
-        return total
-    per_epoch = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[1]
-    return max(1, round(config.round_epochs * per_epoch))
+        changed.max_steps = config.round_steps
+    elif config.round_epochs is not None:
+        changed.max_steps, changed.num_train_epochs = -1, config.round_epochs
+    return changed
+
+
+def _training_steps(trainer: "SparseTrainer", arguments: TrainingArguments) -> int:
+    """Optimizer steps of a training with these arguments on the trainer's data."""
+    return trainer.set_initial_training_values(arguments, trainer.get_train_dataloader())[-1]

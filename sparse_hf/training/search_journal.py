@@ -1,5 +1,6 @@
 """What has a search finished, as far as the disk knows?"""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,8 +38,9 @@ def open_journal(folder: Path, config: dict, resume: bool) -> SearchJournal:
         ValueError: the search there has another config.
     """
     path = folder / SEARCH_FILE
+    config = json.loads(json.dumps(config))  # as it comes back from the disk: tuples are lists
     if not path.is_file():
-        others = sorted(entry.name for entry in folder.glob("checkpoint-*")) if folder.is_dir() else []
+        others = sorted(entry.name for pattern in ("checkpoint-*", "round-*") for entry in folder.glob(pattern))
         if others:
             raise FileExistsError(
                 f"`{folder}` holds another run ({others[0]}), which a search would mix with its own. "

@@ -4,23 +4,30 @@ The Trainer restores them only on request and then by building new objects, whic
 attributes are set in place.
 """
 
+import copy
 import json
 from pathlib import Path
 
-from transformers import Trainer
+from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_callback import ExportableState
 
 
 def callback_states(trainer: Trainer) -> dict[str, dict]:
     """The counters of each stateful callback, by class name."""
-    return {type(one).__name__: one.state()["attributes"] for one in _stateful(trainer)}
+    return {type(one).__name__: copy.deepcopy(one.state()["attributes"]) for one in _stateful(trainer)}
 
 
 def set_callback_states(trainer: Trainer, states: dict[str, dict]) -> None:
     """Set the counters that `callback_states` returned."""
     for one in _stateful(trainer):
         for name, value in states.get(type(one).__name__, {}).items():
-            setattr(one, name, value)
+            setattr(one, name, copy.deepcopy(value))
+
+
+def stopped_early(trainer: Trainer) -> bool:
+    """Whether early stopping has run out of patience, by its counters."""
+    stoppers = [one for one in _stateful(trainer) if isinstance(one, EarlyStoppingCallback)]
+    return any(one.early_stopping_patience_counter >= one.early_stopping_patience for one in stoppers)
 
 
 def states_in_checkpoint(checkpoint: Path) -> dict[str, dict]:

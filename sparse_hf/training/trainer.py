@@ -1,17 +1,20 @@
 """A `transformers.Trainer` that trains sparse models: only what a callback cannot do is overridden."""
 
+import json
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import Trainer
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from sparse_hf.tickets.configs import LotteryTicketConfig, SparsityConfig
 from sparse_hf.tickets.ticket import Ticket
 from sparse_hf.training.callback import SparsityCallback
-from sparse_hf.training.checkpoints import last_complete_checkpoint
+from sparse_hf.training.checkpoints import last_complete_checkpoint, steps_in_checkpoint
 from sparse_hf.training.lottery_search import LotterySearch
+from sparse_hf.training.stateful_callbacks import stopped_early
 
 
 class SparseTrainer(Trainer):
@@ -33,6 +36,7 @@ class SparseTrainer(Trainer):
         self.sparsity = sparsity
         self.search = LotterySearch(self, sparsity) if isinstance(sparsity, LotteryTicketConfig) else None
         self._sparsity_callback: SparsityCallback | None = None
+        self._resumed_at: int | None = None  # step of the checkpoint that the running training continues
         if sparsity is not None and self.search is None:
             self.train_under(sparsity)
 
@@ -62,19 +66,27 @@ class SparseTrainer(Trainer):
             return self.search.run(resume_from_checkpoint)
         return self.train_once(resume_from_checkpoint, *args, **kwargs)
 
-    def train_under(self, sparsity: SparsityConfig | Ticket | None) -> None:
-        """Replace the sparsity of the next `train_once`; None trains dense."""
+    def train_under(self, sparsity: SparsityConfig | Ticket | None, already_applied: bool = False) -> None:
+        """Replace the sparsity of the next `train_once`; None trains dense.
+
+        Args:
+            already_applied: the model carries the zeros of this ticket, so that saving it writes its masks.
+        """
         if self._sparsity_callback is not None:
             self.remove_callback(self._sparsity_callback)
         self._sparsity_callback = None
         if sparsity is not None:
             self._sparsity_callback = SparsityCallback(sparsity)
             self.add_callback(self._sparsity_callback)
+            if already_applied:
+                self._sparsity_callback.adopt(sparsity)
 
     def train_once(
         self, resume_from_checkpoint: str | bool | None = None, *args: object, **kwargs: object
     ) -> TrainOutput:
         """One ordinary training run under the current sparsity."""
+        if self.sparsity is None:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         if resume_from_checkpoint is True:
             checkpoint = last_complete_checkpoint(Path(self.args.output_dir))
             if checkpoint is None:
@@ -83,12 +95,35 @@ class SparseTrainer(Trainer):
                     "Start without it."
                 )
             resume_from_checkpoint = str(checkpoint)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        self._resumed_at = steps_in_checkpoint(Path(resume_from_checkpoint)) if resume_from_checkpoint else None
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._resumed_at = None
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple[int | None, ...]:
+        """The Trainer's, but no epoch is left of a training that had ended when its last checkpoint was written.
+
+        The Trainer itself makes one more step then, if the end lies within an epoch.
+        """
+        epochs, *others, max_steps = super().set_initial_training_values(args, dataloader)
+        if self._resumed_at is not None:
+            ended = self._resumed_at >= max_steps or (self.search is not None and stopped_early(self))
+            epochs = 0 if ended else epochs
+        return (epochs, *others, max_steps)
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor | None:
+        self._mask_gradients()
+        return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> float | torch.Tensor:
+        if grad_norm is None:  # without clipping, the norm is taken here, and NaN would spread to all gradients
+            self._mask_gradients()
+        return super()._get_grad_norm(model, grad_norm=grad_norm)
+
+    def _mask_gradients(self) -> None:
         if self._sparsity_callback is not None and self._sparsity_callback.keeper is not None:
             self._sparsity_callback.keeper.mask_gradients()
-        return super()._clip_grad_norm(model)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -105,6 +140,8 @@ class SparseTrainer(Trainer):
         """Add the sparsity, and the round of a search, to every record."""
         if self._sparsity_callback is not None and self._sparsity_callback.keeper is not None:
             logs["sparsity"] = self._sparsity_callback.keeper.sparsity
+        elif self.search is not None and self.search.round:
+            logs["sparsity"] = self.search.sparsity  # of the dense round, which has no masks
         if self.search is not None and self.search.round:
             logs["round"] = self.search.round
         super().log(logs, *args, **kwargs)

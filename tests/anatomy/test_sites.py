@@ -55,6 +55,20 @@ def test_packed_attention_projection_is_a_site():
     }
 
 
+def test_linear_relative_position_bias_is_no_site():
+    model = plain_model()
+    model.rel_pos_bias = nn.Linear(4, 2, bias=False)
+    assert names(find_sites(model)) == ["first.weight", "second.weight"]
+
+
+def test_experts_known_to_be_transposed_are_so_in_subclasses_too():
+    Llama4TextExperts = type("Llama4TextExperts", (nn.Module,), {})
+    for made in (Llama4TextExperts, type("FSDPLlama4TextExperts", (Llama4TextExperts,), {})):
+        model = made()
+        model.down_proj = nn.Parameter(torch.zeros(1, 6, 4))
+        assert find_sites(model) == [Site("down_proj[0]", "down_proj", 0, (4, 6), True)]
+
+
 def test_linear_gate_is_a_router_beside_experts_only():
     block = nn.Module()
     block.gate = nn.Linear(4, 2)

@@ -1,0 +1,63 @@
+"""The recipe's modes, two steps each, by the command a user types."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_folder import save_tiny_model, save_tiny_task
+
+from sparse_hf import Ticket
+
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "lottery_ticket_glue.py"
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    root = tmp_path_factory.mktemp("glue")
+    train, validation = save_tiny_task(root / "task")
+    return {"model": save_tiny_model(root / "model"), "train": train, "validation": validation, "root": root}
+
+
+@pytest.fixture
+def run(places, monkeypatch):
+    def go(name: str, *more: str) -> dict:
+        words = ["--model_name_or_path", places["model"], "--train_file", places["train"]]
+        words += ["--validation_file", places["validation"], "--output_dir", places["root"] / name]
+        words += ["--max_steps", "2", "--per_device_train_batch_size", "8", "--report_to", "none", "--use_cpu", "true"]
+        words += ["--disable_tqdm", "true", "--save_strategy", "no", "--eval_strategy", "epoch", *more]
+        monkeypatch.setattr(sys, "argv", [str(RECIPE), *map(str, words)])
+        runpy.run_path(str(RECIPE), run_name="__main__")
+        return json.loads((places["root"] / name / "eval_results.json").read_text())
+
+    return go
+
+
+def test_search_then_transfer_then_controls(run, places):
+    found = run("search", "--mode", "search", "--sparsity", "0.5", "--rounds", "2")
+    ticket = places["root"] / "search" / "ticket"
+    assert found["sparsity"] == pytest.approx(0.5, abs=1e-3)
+    assert (places["root"] / "search" / "model.safetensors").is_file()
+    assert Ticket.from_pretrained(places["root"] / "search").distance(Ticket.from_pretrained(ticket)) == 0
+    for mode in ("ticket", "reinit"):
+        result = run(mode, "--mode", mode, "--ticket", str(ticket))
+        assert result["sparsity"] == found["sparsity"]
+        assert Ticket.from_pretrained(places["root"] / mode).distance(Ticket.from_pretrained(ticket)) == 0
+    for mode in ("one_shot", "random"):
+        assert run(mode, "--mode", mode, "--sparsity", "0.5")["sparsity"] == found["sparsity"]
+    assert "sparsity" not in run("dense", "--mode", "dense")
+
+
+def test_a_finished_search_is_not_overwritten_but_continued_on_request(run):
+    again = ("--mode", "search", "--sparsity", "0.5", "--rounds", "1")
+    first = run("again", *again)
+    with pytest.raises(FileExistsError, match="already holds a lottery ticket search"):
+        run("again", *again)
+    assert run("again", *again, "--resume_from_checkpoint", "true")["eval_accuracy"] == first["eval_accuracy"]
+
+
+def test_a_ticket_mode_without_ticket_says_so(run):
+    with pytest.raises(ValueError, match="needs `--ticket`"):
+        run("none", "--mode", "ticket")

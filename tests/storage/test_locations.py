@@ -1,0 +1,65 @@
+"""A folder is used as it is; anything else is asked of the Hub, in one sentence when that fails."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from sparse_hf.storage import locations
+from sparse_hf.storage.locations import local_folder, push_folder
+
+
+def test_a_folder_is_itself(tmp_path):
+    assert local_folder(tmp_path, ["a"]) == tmp_path
+    assert local_folder(str(tmp_path), ["a"]) == tmp_path
+
+
+@pytest.mark.parametrize("name", ["me/absent-ticket", "not/a/repo/id", "./absent", "bad id!"])
+def test_what_cannot_be_reached_is_one_sentence(name):
+    # The Hub is switched off by HF_HUB_OFFLINE in conftest.py.
+    with pytest.raises(FileNotFoundError, match="is neither a folder here nor a Hub repository") as caught:
+        local_folder(name, ["a"])
+    assert f"`{name}`" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_only_the_named_files_are_fetched(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        locations, "snapshot_download", lambda *args, **kwargs: calls.append((args, kwargs)) or str(tmp_path)
+    )
+    assert local_folder("me/x", ("a", "b"), revision="r", token="t", cache_dir="c") == tmp_path
+    assert calls == [(("me/x",), dict(allow_patterns=["a", "b"], revision="r", token="t", cache_dir="c"))]
+
+
+def test_a_file_is_not_a_folder(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(FileNotFoundError, match="neither a folder"):
+        local_folder(tmp_path / "file", ["a"])
+
+
+class FakeHub:
+    """Records what is asked of `HfApi`."""
+
+    calls = []
+
+    def __init__(self, token):
+        self.calls.append(("token", token))
+
+    def create_repo(self, repo_id, **options):
+        self.calls.append(("create", repo_id, options))
+        return SimpleNamespace(repo_id=f"me/{repo_id}")
+
+    def upload_folder(self, **options):
+        self.calls.append(("upload", options))
+        return SimpleNamespace(commit_url="https://hub/commit/1")
+
+
+def test_push_creates_the_repository_and_uploads_one_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(locations, "HfApi", FakeHub)
+    monkeypatch.setattr(FakeHub, "calls", [])
+    assert push_folder(tmp_path, "x", True, "t", "message") == "https://hub/commit/1"
+    assert FakeHub.calls == [
+        ("token", "t"),
+        ("create", "x", {"private": True, "exist_ok": True}),
+        ("upload", {"repo_id": "me/x", "folder_path": tmp_path, "commit_message": "message"}),
+    ]
