@@ -2,11 +2,11 @@
 
     python benchmarks/lottery_ticket_results.py --model_name_or_path MODEL --glue GLUE_FOLDER --output_dir OUT
 
-GLUE_FOLDER holds the tasks in GLUE's own layouts (SST-2/, CoLA/, MRPC/, RTE/, STS-B/). Phases: searches of all tasks and
-seeds; then the controls at the highest sparsity at which the mean of the ticket is within one standard deviation of
-dense; then the transfer matrix. A run whose result is on disk is not repeated, so the command can be stopped, repeated,
-and several may run at once: each takes the next run that no other holds.
-Each run's exact recipe command is kept beside its result. `--report` prints the tables in Markdown and runs nothing.
+GLUE_FOLDER holds the tasks in GLUE's own layouts (SST-2/, CoLA/, MRPC/, RTE/, STS-B/). Phases: searches of all tasks
+and seeds; then the controls at the highest sparsity at which the mean of the ticket is within one standard deviation
+of dense; then the transfer matrix. A run whose result is on disk is not repeated, so the command can be stopped,
+repeated, and several may run at once: each takes the next run that no other holds. Each run's exact recipe command is
+kept beside its result. `--report` prints the tables in Markdown and runs nothing.
 """
 
 import argparse
@@ -88,7 +88,12 @@ def run(options: argparse.Namespace, task: str, seed: int, mode: str, name: str,
         sys.argv = before
     metric = f"eval_{TASKS[task][3]}"
     result = json.loads((folder / "eval_results.json").read_text())
-    record = {"metric": metric, "value": result[metric], "command": " ".join(arguments), "seconds": time.time() - start}
+    record = {
+        "metric": metric,
+        "value": result[metric],
+        "command": " ".join(arguments),
+        "seconds": time.time() - start,
+    }
     if mode == "search":
         rounds = json.loads((folder / "search.json").read_text())["rounds"]
         record["curve"] = [one["metrics"][metric] for one in rounds] + [result[metric]]
@@ -177,7 +182,11 @@ def report(options: argparse.Namespace) -> None:
     print("| --- |" + " --- |" * (ROUNDS + 1))
     for task, (*_, metric, rows) in TASKS.items():
         seeds = curves(options, task)
-        print(f"| {task} ({metric}, {rows}) | " + " | ".join(cell([c[r] for c in seeds]) for r in range(ROUNDS + 1)) + " |")
+        print(
+            f"| {task} ({metric}, {rows}) | "
+            + " | ".join(cell([c[r] for c in seeds]) for r in range(ROUNDS + 1))
+            + " |"
+        )
     print("\n| task | sparsity | dense | ticket (IMP) | one-shot | random | re-initialised |\n|" + " --- |" * 7)
     for task in TASKS:
         round, seeds = matching_round(options, task), curves(options, task)
@@ -196,7 +205,9 @@ def report(options: argparse.Namespace) -> None:
             cells.append(cell(own if source == target else results(options, pattern)))
         print(f"| {source} | " + " | ".join(cells) + " |")
     for file in sorted(Path(options.output_dir).glob("*-0/done.json")):
-        print(f"\n{file.parent.name}: `python recipes/lottery_ticket_glue.py {json.loads(file.read_text())['command']}`")
+        print(
+            f"\n{file.parent.name}: `python recipes/lottery_ticket_glue.py {json.loads(file.read_text())['command']}`"
+        )
 
 
 def main() -> None:

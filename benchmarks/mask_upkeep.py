@@ -3,8 +3,9 @@
     python benchmarks/mask_upkeep.py [--layers 12 --hidden 768 --batch 8 --length 128 --sparsity 0.6 --rounds 5]
 
 One process, one model size (BERT-base by default), fused AdamW, clipping at 1.0. The sides take turns; figures are
-medians of CPU seconds of the process, which a busy machine disturbs less than wall time. The upkeep of sparse_hf is also
-timed by itself inside its steps: whole steps vary by more than it costs. Masks of a side are counted in bytes per weight.
+medians of CPU seconds of the process, which a busy machine disturbs less than wall time. The upkeep of sparse_hf is
+also timed by itself inside its steps: whole steps vary by more than it costs. Masks of a side are counted in bytes
+per weight.
 """
 
 import argparse

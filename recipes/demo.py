@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from datasets import disable_progress_bars
-from glue_tasks import compute_metrics, label_names, load_task
 from rich.console import Console
 from rich.table import Table
 from transformers import (
@@ -24,6 +23,7 @@ from transformers import (
 )
 from transformers import logging as transformers_logging
 
+from glue_tasks import compute_metrics, label_names, load_task
 from sparse_hf import LotteryTicketConfig, SparseTrainer, StaticSparsityConfig, Ticket, plot_sparsity
 
 
@@ -78,9 +78,7 @@ def build_trainers(arguments: Arguments, folder: Path) -> dict[str, SparseTraine
 
     train, validation = train.map(tokenize, batched=True), validation.map(tokenize, batched=True)
     rows = {
-        "ticket (IMP)": LotteryTicketConfig(
-            sparsity=arguments.sparsity, rounds=arguments.rounds, rewind_head=True
-        ),
+        "ticket (IMP)": LotteryTicketConfig(sparsity=arguments.sparsity, rounds=arguments.rounds, rewind_head=True),
         "one-shot magnitude": StaticSparsityConfig(sparsity=arguments.sparsity),
         "random mask": StaticSparsityConfig(sparsity=arguments.sparsity, score="random", seed=arguments.seed),
     }
@@ -121,7 +119,9 @@ def main() -> None:
     (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     start, folder = time.perf_counter(), Path(arguments.output_dir)
     trainers = build_trainers(arguments, folder)
-    table = Table("", "accuracy", "zeros of prunable", "zeros of model", "size", title="Same data, same steps, same seed")
+    table = Table(
+        "", "accuracy", "zeros of prunable", "zeros of model", "size", title="Same data, same steps, same seed"
+    )
     seconds = dict.fromkeys(("training", "pruning", "rewinding", "saving"), 0.0)
     for row, trainer in trainers.items():
         begun = time.perf_counter()

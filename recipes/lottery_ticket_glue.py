@@ -5,16 +5,15 @@
     accelerate launch recipes/lottery_ticket_glue.py --mode ticket --ticket out/rte/ticket --task_name mrpc \
         --model_name_or_path bert-base-uncased --output_dir out/rte-to-mrpc --num_train_epochs 3
 
-Modes: `search` (iterative magnitude pruning with rewinding), `ticket` (train under a ticket: transfer), and the controls
-`dense`, `one_shot` (magnitude of the pretrained weights), `random`, `reinit` (a ticket's mask on fresh weights).
-Data: a GLUE task from the Hub, or `--train_file` and `--validation_file` (.tsv, .csv, .jsonl, each also .gz).
-A killed search continues with `--resume_from_checkpoint true`.
+Modes: `search` (iterative magnitude pruning with rewinding), `ticket` (train under a ticket: transfer), and the
+controls `dense`, `one_shot` (magnitude of the pretrained weights), `random`, `reinit` (a ticket's mask on fresh
+weights). Data: a GLUE task from the Hub, or `--train_file` and `--validation_file` (.tsv, .csv, .jsonl, each also
+.gz). A killed search continues with `--resume_from_checkpoint true`.
 """
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from glue_tasks import compute_metrics, label_names, load_task
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -25,6 +24,7 @@ from transformers import (
     set_seed,
 )
 
+from glue_tasks import compute_metrics, label_names, load_task
 from sparse_hf import LotteryTicketConfig, SparseTrainer, StaticSparsityConfig
 
 

@@ -12,7 +12,9 @@ from sparse_hf.tickets.configs import Budget
 def prune_folder(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a model.")],
     output: Annotated[Path, typer.Argument(help="New folder for the sparse model.")],
-    sparsity: Annotated[float, typer.Option(help="Fraction of the prunable weights that become zero, in [0, 1).")] = 0.5,
+    sparsity: Annotated[
+        float, typer.Option(help="Fraction of the prunable weights that become zero, in [0, 1).")
+    ] = 0.5,
     score: Annotated[str, typer.Option(help="magnitude, or random (a control).")] = "magnitude",
     budget: Annotated[Budget, typer.Option(help="How much stays in each matrix.")] = "global",
     include: Annotated[list[str] | None, typer.Option(help="Patterns of matrices to prune instead of all.")] = None,
@@ -30,4 +32,6 @@ def prune_folder(
     ticket = prune(loaded, sparsity, **options)
     save_sparse(loaded, tokenizer, ticket, output)
     whole = ticket.model_sparsity()
-    console.print(f"{ticket.sparsity:.2%} of the prunable weights ({whole:.2%} of the model) are zero: {output}", markup=False)
+    console.print(
+        f"{ticket.sparsity:.2%} of the prunable weights ({whole:.2%} of the model) are zero: {output}", markup=False
+    )

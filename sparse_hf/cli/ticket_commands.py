@@ -17,7 +17,9 @@ TicketName = Annotated[str, typer.Argument(help="Folder or Hub id of a ticket, o
 @short_errors
 def show(
     ticket: TicketName,
-    picture: Annotated[Path | None, typer.Option(help="Also save a heat map of sparsity per layer here (.png).")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Also save a heat map of sparsity per layer here (.png).")
+    ] = None,
 ) -> None:
     """Say where a ticket comes from and how sparse each matrix is; no model is loaded."""
     from sparse_hf.tickets.ticket import Ticket
@@ -33,7 +35,9 @@ def show(
     }
     for name, value in facts.items():
         console.print(f"{name}: {value or 'not recorded'}", markup=False, highlight=False)
-    table = Table("matrix", "zeros", title=f"{loaded.num_weights - loaded.num_kept:,} of {loaded.num_weights:,} are zero")
+    table = Table(
+        "matrix", "zeros", title=f"{loaded.num_weights - loaded.num_kept:,} of {loaded.num_weights:,} are zero"
+    )
     for name, sparsity in loaded.sparsity_by_site().items():
         table.add_row(name, f"{sparsity:.2%}")
     table.add_section()

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tiny_folder import save_tiny_model
 from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
 from sparse_hf import Ticket
 from sparse_hf.cli import app
+from tiny_folder import save_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,8 @@ def test_prune_writes_a_stock_folder_with_its_head_and_masks(model_folder, tmp_p
     assert "75.00% of the prunable weights" in result.output
     before = AutoModelForSequenceClassification.from_pretrained(model_folder)
     after, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "sparse", output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
     assert torch.equal(before.classifier.weight, after.classifier.weight)
     ticket = Ticket.from_pretrained(tmp_path / "sparse")
     for name, mask in ticket.masks().items():
@@ -46,8 +47,9 @@ def test_show_names_every_matrix_and_both_denominators(model_folder, tmp_path):
 def test_compare_and_apply(model_folder, tmp_path):
     invoke("prune", model_folder, tmp_path / "a", "--sparsity", "0.5")
     invoke("prune", model_folder, tmp_path / "b", "--sparsity", "0.5", "--score", "random")
-    same, other = invoke("ticket", "compare", tmp_path / "a", tmp_path / "a"), invoke(
-        "ticket", "compare", tmp_path / "a", tmp_path / "b"
+    same, other = (
+        invoke("ticket", "compare", tmp_path / "a", tmp_path / "a"),
+        invoke("ticket", "compare", tmp_path / "a", tmp_path / "b"),
     )
     assert "overlap (kept by both / kept by either): 1.0000" in same.output
     assert "distance (fraction of differing positions): 0.0000" in same.output

@@ -4,10 +4,10 @@ import runpy
 import sys
 from pathlib import Path
 
-from tiny_folder import save_tiny_model, save_tiny_task
 from transformers import AutoModelForSequenceClassification
 
 from sparse_hf import Ticket
+from tiny_folder import save_tiny_model, save_tiny_task
 
 
 def test_the_demo_prints_its_table_and_leaves_model_ticket_and_picture(tmp_path, monkeypatch, capsys):

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_folder import save_tiny_model, save_tiny_task
 
 from sparse_hf import Ticket
+from tiny_folder import save_tiny_model, save_tiny_task
 
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "lottery_ticket_glue.py"
