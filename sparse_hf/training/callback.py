@@ -53,11 +53,12 @@ class SparsityCallback(TrainerCallback):
         """
         if isinstance(sparsity, LotteryTicketConfig):
             raise TypeError(
-                "A `LotteryTicketConfig` trains many times, which a callback cannot. Use `SparseTrainer(sparsity=...)`."
+                "A `LotteryTicketConfig` trains many times; a callback cannot: use `SparseTrainer(sparsity=...)`."
             )
         if not isinstance(sparsity, (StaticSparsityConfig, GradualPruningConfig, Ticket)):
             raise TypeError(
-                f"`sparsity` must be a StaticSparsityConfig, a GradualPruningConfig or a Ticket, got {type(sparsity).__name__}."
+                "`sparsity` must be a StaticSparsityConfig, a GradualPruningConfig or a Ticket, got "
+                f"{type(sparsity).__name__}."
             )
         self.sparsity = sparsity
         self.resume_from = resume_from
@@ -121,9 +122,7 @@ class SparsityCallback(TrainerCallback):
         masks = draw_at(config, model, sparsity, step=step, previous=self.keeper.masks(), gradients=gradients)
         self.keeper.set_masks(masks)
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Put the masks beside the checkpoint, unless `SparseTrainer` wrote them with it."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         # A mask file may lie there from an earlier run in the same folder, so its presence says nothing.
@@ -177,8 +176,11 @@ class SparsityCallback(TrainerCallback):
             return static_masks(config, model, dataloader)
         # Gradients do not exist before the first step, so a gradient score begins dense.
         begins_dense = self.sparsity.start_step > 0 or self.sparsity.score == "gradient"
-        return draw_at(replace(self.sparsity, score="magnitude") if begins_dense else self.sparsity, model,
-                       0.0 if begins_dense else self.sparsity.initial_sparsity)
+        return draw_at(
+            replace(self.sparsity, score="magnitude") if begins_dense else self.sparsity,
+            model,
+            0.0 if begins_dense else self.sparsity.initial_sparsity,
+        )
 
     def _masks_of_checkpoint(
         self, args: TrainingArguments, state: TrainerState, model: nn.Module
@@ -210,4 +212,3 @@ class SparsityCallback(TrainerCallback):
                 f"Pruning must end within the training's {state.max_steps} steps, got "
                 f"`end_step`={self._end_step(state)}. Lower `end_step` or `start_step`, or train longer."
             )
-

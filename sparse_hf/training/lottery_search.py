@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import TrainOutput
 
@@ -29,8 +29,9 @@ from sparse_hf.tickets.origin import origin_of
 from sparse_hf.tickets.ticket import Ticket
 from sparse_hf.training.checkpoints import last_complete_checkpoint
 from sparse_hf.training.first_masks import seeded, site_gradients
+from sparse_hf.training.for_one_training import TakeSnapshot, with_arguments, with_callback, without_model_init
 from sparse_hf.training.round_metrics import metrics_of_weights
-from sparse_hf.training.search_checks import check_before_search, check_optimizers, round_arguments
+from sparse_hf.training.search_checks import check_before_search, check_optimizers
 from sparse_hf.training.search_journal import SearchJournal, open_journal
 from sparse_hf.training.snapshot import restore_snapshot, save_snapshot
 from sparse_hf.training.stateful_callbacks import callback_states, set_callback_states, states_in_checkpoint
@@ -109,12 +110,14 @@ class LotterySearch:
             unit="round",
             disable=trainer.args.disable_tqdm or not trainer.is_world_process_zero(),
         )
-        with steps, _without_model_init(trainer), self._no_round_afterwards():
+        with steps, without_model_init(trainer), self._no_round_afterwards():
             output = TrainOutput(0, 0.0, {})
             for number, sparsity in enumerate(config.sparsities(), start=1):
                 if number <= finished:
                     continue
-                steps.set_postfix_str(f"round {number}/{config.rounds}, training at {self._current_sparsity():.1%} zeros")
+                steps.set_postfix_str(
+                    f"round {number}/{config.rounds}, training at {self._current_sparsity():.1%} zeros"
+                )
                 output = self._run_round(number, sparsity, sites, journal)
                 steps.update()
             self._publish_ticket(journal)
@@ -195,9 +198,13 @@ class LotterySearch:
         if checkpoint is not None:
             set_callback_states(trainer, states_in_checkpoint(checkpoint))
         set_seed(trainer.args.seed)
-        snapshot = _TakeSnapshot(self.config.rewind_step, self._folder / "rewind.safetensors")
+        snapshot = TakeSnapshot(self.config.rewind_step, self._folder / "rewind.safetensors")
         takes_snapshot = self.round == 1 and self.config.rewind_step > 0
-        with self._timed("training"), _arguments(trainer, arguments), _callback(trainer, takes_snapshot and snapshot):
+        with (
+            self._timed("training"),
+            with_arguments(trainer, arguments),
+            with_callback(trainer, takes_snapshot and snapshot),
+        ):
             return trainer.train_once(None if checkpoint is None else str(checkpoint))
 
     def _draw(self, number: int, sparsity: float, sites: list[Site]) -> dict:
@@ -277,50 +284,3 @@ class LotterySearch:
             yield
         finally:
             self.seconds[phase] += time.perf_counter() - start
-
-
-class _TakeSnapshot(TrainerCallback):
-    """Saves the model at the step to which later rounds rewind."""
-
-    def __init__(self, step: int, path: Path) -> None:
-        self.step = step
-        self.path = path
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        if state.global_step == self.step and args.should_save:
-            save_snapshot(kwargs["model"], self.path)
-
-
-@contextlib.contextmanager
-def _arguments(trainer: "SparseTrainer", arguments: TrainingArguments) -> Iterator[None]:
-    users = trainer.args
-    trainer.args = arguments
-    try:
-        yield
-    finally:
-        trainer.args = users
-
-
-@contextlib.contextmanager
-def _callback(trainer: "SparseTrainer", callback: TrainerCallback | bool) -> Iterator[None]:
-    if not callback:
-        yield
-        return
-    trainer.add_callback(callback)
-    try:
-        yield
-    finally:
-        trainer.remove_callback(callback)
-
-
-@contextlib.contextmanager
-def _without_model_init(trainer: "SparseTrainer") -> Iterator[None]:
-    """`model_init` made the first model; called again in each `train`, it would undo rewinding."""
-    model_init = trainer.model_init
-    trainer.model_init = None
-    try:
-        yield
-    finally:
-        trainer.model_init = model_init

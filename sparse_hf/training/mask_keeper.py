@@ -7,7 +7,7 @@ schedulers, and it knows tensors by the parameter objects that this optimizer st
    optimizer reads them;
 2. weights are masked right after the update, whatever the update rule did;
 3. optimizer moments are masked when masks change. With masked gradients they then stay zero by themselves in every
-   rule that is elementwise; the keeper looks once after each change, and masks them after every step where they do not.
+   rule that is elementwise; the keeper looks once after each change, and masks them after every step if they do not.
 """
 
 from collections.abc import Iterator, Mapping
@@ -52,9 +52,7 @@ class MaskKeeper:
 
     def set_masks(self, masks: Mapping[str, Tensor]) -> None:
         """Replace the masks; weights, gradients and moments of pruned positions become zero at once."""
-        self._bits = {
-            name: sign_extended(mask.to(self._parameters[name].device)) for name, mask in masks.items()
-        }
+        self._bits = {name: sign_extended(mask.to(self._parameters[name].device)) for name, mask in masks.items()}
         kept = sum(int(mask.sum()) for mask in masks.values())
         self._sparsity = 1 - kept / sum(mask.numel() for mask in masks.values())
         self._steps_since_change = 0

@@ -26,8 +26,8 @@ def check_before_search(trainer: "SparseTrainer", config: LotteryTicketConfig) -
     weights = sum(rows * columns for rows, columns in (site.shape for site in sites))
     if num_kept(weights, config.sparsity) < len(sites):
         raise ValueError(
-            f"`sparsity` must leave at least one weight in each of the {len(sites)} matrices, got {config.sparsity} of "
-            f"{weights} weights. Lower it, or exclude small matrices."
+            f"`sparsity` must leave at least one weight in each of the {len(sites)} matrices, got {config.sparsity} "
+            f"of {weights} weights. Lower it, or exclude small matrices."
         )
     if trainer.args.enable_jit_checkpoint:
         raise ValueError(
@@ -43,14 +43,12 @@ def check_before_search(trainer: "SparseTrainer", config: LotteryTicketConfig) -
             f"`{given}`={getattr(config, given)}. Lower it, or raise `num_train_epochs` or `max_steps`."
         )
     if config.rewind_step >= length:
-        raise ValueError(
-            f"`rewind_step` must lie inside the first round of {length} steps, got {config.rewind_step}."
-        )
+        raise ValueError(f"`rewind_step` must lie inside the first round of {length} steps, got {config.rewind_step}.")
     return sites
 
 
 def check_optimizers(trainer: "SparseTrainer") -> None:
-    """Raise ValueError if the trainer was given a ready-made optimizer or scheduler, of which each round needs its own."""
+    """Raise ValueError if the trainer was given a ready-made optimizer or scheduler: each round needs its own."""
     if trainer.optimizer is not None or trainer.lr_scheduler is not None:
         raise ValueError(
             "A search makes a new optimizer in each round, got a ready-made one in `optimizers`. Set `args.optim`, or "

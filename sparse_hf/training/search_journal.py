@@ -1,6 +1,5 @@
 """What has a search finished, as far as the disk knows?"""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,7 +37,6 @@ def open_journal(folder: Path, config: dict, resume: bool) -> SearchJournal:
         ValueError: the search there has another config.
     """
     path = folder / SEARCH_FILE
-    config = json.loads(json.dumps(config))  # as it comes back from the disk: tuples are lists
     if not path.is_file():
         others = sorted(entry.name for pattern in ("checkpoint-*", "round-*") for entry in folder.glob(pattern))
         if others:

@@ -33,6 +33,13 @@ def save_snapshot(model: nn.Module, path: Path, wanted: Callable[[str], bool] = 
     write_file(path, lambda partial: save_file(tensors, partial))
 
 
+def _fits(stored: object, tensor: Tensor) -> bool:
+    """Whether a stored slice has the tensor's shape and dtype; copying between dtypes would round."""
+    if stored.get_shape() != list(tensor.shape):
+        return False
+    return (stored[:0] if tensor.ndim else stored[...]).dtype == tensor.dtype
+
+
 @torch.no_grad()
 def restore_snapshot(model: nn.Module, path: Path, wanted: Callable[[str], bool] = _everything) -> None:
     """Copy the snapshot back into the live tensors whose full name is `wanted`, bit for bit, on any device.
@@ -42,12 +49,12 @@ def restore_snapshot(model: nn.Module, path: Path, wanted: Callable[[str], bool]
     """
     live = _state(model, wanted)
     with safe_open(path, framework="pt") as file:
-        names = set(file.keys())
-        for name, tensor in live.items():
-            if name not in names or file.get_slice(name).get_shape() != list(tensor.shape):
-                raise ValueError(
-                    f"`{path}` was saved from another model: `{name}` is missing or has another shape there. "
-                    "Resume with the model the run was started with, or choose another `output_dir`."
-                )
+        stored = set(file.keys())
+        differing = stored ^ live.keys() or {name for name in live if not _fits(file.get_slice(name), live[name])}
+        if differing:
+            raise ValueError(
+                f"`{path}` was saved from another model: `{min(differing)}` is missing or has another shape or dtype. "
+                "Resume with the model the run was started with, or choose another `output_dir`."
+            )
         for name, tensor in live.items():
             tensor.copy_(file.get_tensor(name))

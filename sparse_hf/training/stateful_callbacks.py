@@ -14,7 +14,7 @@ from transformers.trainer_callback import ExportableState
 
 def callback_states(trainer: Trainer) -> dict[str, dict]:
     """The counters of each stateful callback, by class name."""
-    return {type(one).__name__: copy.deepcopy(one.state()["attributes"]) for one in _stateful(trainer)}
+    return {type(one).__name__: one.state()["attributes"] for one in _stateful(trainer)}
 
 
 def set_callback_states(trainer: Trainer, states: dict[str, dict]) -> None:

@@ -1,6 +1,5 @@
 """A `transformers.Trainer` that trains sparse models: only what a callback cannot do is overridden."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -21,16 +20,16 @@ class SparseTrainer(Trainer):
     """A Trainer with one more argument, `sparsity`; without it, it is a Trainer.
 
     Pruned weights, their gradients and their optimizer moments are exactly zero at every step, on any torch optimizer,
-    under gradient accumulation, mixed precision, gradient checkpointing and `torch.compile`; gradients are masked before
-    the clip norm is taken. State dicts and checkpoints have the keys of the stock model; masks travel in a file of their
-    own beside them, and resuming continues bit for bit.
+    under gradient accumulation, mixed precision, gradient checkpointing and `torch.compile`; gradients are masked
+    before the clip norm is taken. State dicts and checkpoints have the keys of the stock model; masks travel in a file
+    of their own beside them, and resuming continues bit for bit.
     """
 
     def __init__(self, *args: object, sparsity: SparsityConfig | Ticket | None = None, **kwargs: object) -> None:
         """
         Args:
-            sparsity: a config (`LotteryTicketConfig`, `GradualPruningConfig`, `StaticSparsityConfig`), or a `Ticket` to
-                train under. The other arguments are those of `transformers.Trainer`.
+            sparsity: a config (`LotteryTicketConfig`, `GradualPruningConfig`, `StaticSparsityConfig`), or a `Ticket`
+                to train under. The other arguments are those of `transformers.Trainer`.
         """
         super().__init__(*args, **kwargs)
         self.sparsity = sparsity
@@ -53,14 +52,14 @@ class SparseTrainer(Trainer):
             raise RuntimeError("There is no ticket: this trainer has no `sparsity`. Pass a config or a Ticket.")
         return self._sparsity_callback.ticket
 
-    def train(
-        self, resume_from_checkpoint: str | bool | None = None, *args: object, **kwargs: object
-    ) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: object, **kwargs: object) -> TrainOutput:
         """Train; with a `LotteryTicketConfig`, run the whole search and train the ticket that it finds.
 
         Args:
             resume_from_checkpoint: True continues from the last checkpoint that was written whole, bit for bit as if
-                the run had not stopped; a search is continued where it was.
+                the run had not stopped; a search is continued where it was. (The Trainer skips the evaluation at the
+                end of an epoch when it resumes from a checkpoint of the epoch's last step: with
+                `eval_strategy="epoch"`, set `save_strategy="epoch"` too.)
         """
         if self.search is not None:
             return self.search.run(resume_from_checkpoint)
@@ -91,8 +90,8 @@ class SparseTrainer(Trainer):
             checkpoint = last_complete_checkpoint(Path(self.args.output_dir))
             if checkpoint is None:
                 raise ValueError(
-                    f"`resume_from_checkpoint=True` needs a complete checkpoint in `{self.args.output_dir}`, found none. "
-                    "Start without it."
+                    f"`resume_from_checkpoint=True` needs a complete checkpoint in `{self.args.output_dir}`, found "
+                    "none. Start without it."
                 )
             resume_from_checkpoint = str(checkpoint)
         self._resumed_at = steps_in_checkpoint(Path(resume_from_checkpoint)) if resume_from_checkpoint else None

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from training.tiny_training import AtStep, assert_same, assert_zeros, same, tensors, ticket_masks, tiny_classifier, tiny_trainer
 from transformers import Trainer
 
 from sparse_hf.anatomy.canonical_names import named_canonical_parameters
@@ -10,6 +9,16 @@ from sparse_hf.storage.mask_file import MASKS_FILE
 from sparse_hf.tickets.configs import GradualPruningConfig
 from sparse_hf.tickets.ticket import Ticket
 from sparse_hf.training.callback import SparsityCallback
+from training.tiny_training import (
+    AtStep,
+    assert_same,
+    assert_zeros,
+    same,
+    tensors,
+    ticket_masks,
+    tiny_classifier,
+    tiny_trainer,
+)
 
 
 WEIGHTS = 2 * (4 * 16 * 16 + 2 * 16 * 32) + 16 * 16  # two layers and the pooler: 4352

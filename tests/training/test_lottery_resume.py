@@ -8,26 +8,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainerState
+
+import sparse_hf
 import training
+from sparse_hf.tickets.configs import LotteryTicketConfig
+from sparse_hf.tickets.ticket import Ticket
+from sparse_hf.training import lottery_search
+from sparse_hf.training.search_journal import SearchJournal
 from training.tiny_training import (
     AtBegin,
     AtStep,
     Crash,
     CrashAt,
-    assert_same,
+    assert_same_search,
+    raise_at_call,
     tensors,
     ticket_masks,
     tiny_classifier,
-    tiny_rows,
     tiny_trainer,
 )
-from transformers import EarlyStoppingCallback, TrainerState
-
-import sparse_hf
-from sparse_hf.tickets.configs import LotteryTicketConfig
-from sparse_hf.tickets.ticket import Ticket
-from sparse_hf.training import lottery_search
-from sparse_hf.training.search_journal import SearchJournal
 
 
 CONFIG = LotteryTicketConfig(sparsity=0.6, rounds=2, rewind_step=1, exclude="pooler.*")
@@ -49,35 +49,13 @@ def whole(tmp_path_factory):
     return ticket_masks(trainer), tensors(trainer.model), Path(trainer.args.output_dir)
 
 
-def raise_at_call(monkeypatch, owner: object, name: str, number: int) -> None:
-    """Let call `number` (1 is the first) of `owner.name` crash before it does anything."""
-    original, calls = getattr(owner, name), []
-
-    def crash(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == number:
-            raise Crash
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, crash)
-
-
 def resume(folder, config=CONFIG, **options):
     """A new process, as far as possible: a new trainer around other weights, in another random state."""
     torch.manual_seed(77)
-    resumed = tiny_trainer(folder, config, model=tiny_classifier(seed=9), **{**OPTIONS, **options})
+    options = {"model": tiny_classifier(seed=9), **OPTIONS, **options}
+    resumed = tiny_trainer(folder, config, **options)
     resumed.train(resume_from_checkpoint=True)
     return resumed
-
-
-def assert_same_result(whole, resumed) -> None:
-    masks, weights, folder = whole
-    assert_same(ticket_masks(resumed), masks)
-    assert_same(tensors(resumed.model), weights)
-    for number in (1, 2):
-        first, second = (Ticket.from_pretrained(base / f"round-{number}" / "ticket") for base in (folder, Path(resumed.args.output_dir)))
-        assert_same(first.masks(), second.masks())
-        assert first.origin.base_fingerprint == second.origin.base_fingerprint
 
 
 @pytest.mark.parametrize("training_number", [1, 2, 3], ids=["dense round", "second round", "final training"])
@@ -86,12 +64,10 @@ def test_killed_while_training(tmp_path, whole, training_number, step):
     stopped = tiny_trainer(tmp_path, CONFIG, callbacks=[CrashAt(step, training_number)], **OPTIONS)
     with pytest.raises(Crash):
         stopped.train()
-    assert_same_result(whole, resume(tmp_path))
+    assert_same_search(whole, resume(tmp_path))
 
 
 KILLS = {
-    "while the first files are written": (lottery_search, "save_snapshot", 1),
-    "before the first journal": (SearchJournal, "save", 1),
     "while the rewinding point is written": (lottery_search, "save_snapshot", 2),
     "after the dense round": (lottery_search, "draw_masks", 1),
     "after the second round": (lottery_search, "draw_masks", 2),
@@ -111,10 +87,22 @@ def test_killed_between(tmp_path, whole, moment, monkeypatch):
         raise_at_call(patched, *KILLS[moment])
         with pytest.raises(Crash):
             tiny_trainer(tmp_path, CONFIG, **OPTIONS).train()
-    assert_same_result(whole, resume(tmp_path))
+    assert_same_search(whole, resume(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "sparse_masks.safetensors", "trainer_state.json"])
+@pytest.mark.parametrize("moment", [(lottery_search, "save_snapshot", 1), (SearchJournal, "save", 1)])
+def test_killed_before_anything_was_written(tmp_path, whole, moment, monkeypatch):
+    """Then the search begins with the model that is there."""
+    with monkeypatch.context() as patched:
+        raise_at_call(patched, *moment)
+        with pytest.raises(Crash):
+            tiny_trainer(tmp_path, CONFIG, **OPTIONS).train()
+    assert_same_search(whole, resume(tmp_path, model=tiny_classifier()))
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.pt", "sparse_masks.safetensors", "trainer_state.json"]
+)
 def test_a_cut_off_checkpoint_is_passed_over(tmp_path, whole, name):
     with pytest.raises(Crash):
         tiny_trainer(tmp_path, CONFIG, callbacks=[CrashAt(5, 2)], **OPTIONS).train()
@@ -125,7 +113,7 @@ def test_a_cut_off_checkpoint_is_passed_over(tmp_path, whole, name):
     resumed.add_callback(AtBegin(lambda state, **_: begins.append(state.global_step)))
     resumed.train(resume_from_checkpoint=True)
     assert begins == [2, 0]
-    assert_same_result(whole, resumed)
+    assert_same_search(whole, resumed)
 
 
 def test_a_finished_search_is_found_finished(tmp_path, whole):
@@ -133,7 +121,7 @@ def test_a_finished_search_is_found_finished(tmp_path, whole):
     steps = AtStep(lambda **_: None)
     resumed = resume(tmp_path, callbacks=[steps])
     assert steps.calls == 0
-    assert_same_result(whole, resumed)
+    assert_same_search(whole, resumed)
 
 
 def test_the_same_trainer_goes_on_after_an_error(tmp_path, whole):
@@ -143,21 +131,21 @@ def test_the_same_trainer_goes_on_after_an_error(tmp_path, whole):
     assert trainer.args.output_dir == str(tmp_path)
     assert trainer.search.round == 0
     trainer.train(resume_from_checkpoint=True)
-    assert_same_result(whole, trainer)
+    assert_same_search(whole, trainer)
 
 
 def test_without_checkpoints_a_round_is_repeated(tmp_path, whole):
     without = {"save_strategy": "no"}
     with pytest.raises(Crash):
         tiny_trainer(tmp_path, CONFIG, callbacks=[CrashAt(4, 2)], **{**OPTIONS, **without}).train()
-    assert_same_result(whole, resume(tmp_path, **without))
+    assert_same_search(whole, resume(tmp_path, **without))
 
 
 def test_checkpoints_without_an_optimizer_are_not_continued(tmp_path, whole):
     only_model = {"save_only_model": True}
     with pytest.raises(Crash):
         tiny_trainer(tmp_path, CONFIG, callbacks=[CrashAt(4, 2)], **{**OPTIONS, **only_model}).train()
-    assert_same_result(whole, resume(tmp_path, **only_model))
+    assert_same_search(whole, resume(tmp_path, **only_model))
 
 
 SCRIPT = """
@@ -180,61 +168,4 @@ def test_a_real_kill(tmp_path, whole):
     ended = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], env=environment, capture_output=True)
     assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()[-2000:]
     assert (tmp_path / "round-2" / "checkpoint-2").is_dir()
-    assert_same_result(whole, resume(tmp_path))
-
-
-class TestEarlyStopping:
-    """Early stopping and the best weights, inside each round."""
-
-    OPTIONS = {
-        **OPTIONS,
-        "max_steps": 7,
-        "learning_rate": 3e-2,
-        "eval_strategy": "steps",
-        "eval_steps": 1,
-        "save_steps": 1,
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "loss",
-        "save_total_limit": 3,
-    }
-
-    def trainer(self, folder, *callbacks, **more):
-        options = {**self.OPTIONS, "eval_dataset": tiny_rows(8, seed=5), **more}
-        stop = EarlyStoppingCallback(early_stopping_patience=2)
-        return tiny_trainer(folder, CONFIG, callbacks=[stop, *callbacks], **options)
-
-    @pytest.fixture(scope="class")
-    def whole(self, tmp_path_factory):
-        steps = []
-        watch = AtStep(lambda step, **_: steps.append(step))
-        trainer = self.trainer(tmp_path_factory.mktemp("whole"), watch)
-        trainer.train()
-        begins = [place for place, step in enumerate(steps) if step == 1] + [len(steps)]
-        lengths = [end - begin for begin, end in zip(begins, begins[1:], strict=False)]
-        return (ticket_masks(trainer), tensors(trainer.model), Path(trainer.args.output_dir)), lengths
-
-    def test_rounds_do_stop_early_and_each_has_the_full_patience(self, whole):
-        _, lengths = whole
-        assert len(lengths) == 3
-        assert min(lengths) < 7
-        assert min(lengths) > 2  # a round that kept the counter of the one before would stop at its first evaluations
-
-    @pytest.mark.parametrize("number", [1, 2, 3])
-    def test_killed_at_the_last_step(self, tmp_path, whole, number):
-        with pytest.raises(Crash):
-            self.trainer(tmp_path, CrashAt(whole[1][number - 1], number)).train()
-        resumed = self.trainer(tmp_path, model=tiny_classifier(seed=9))
-        resumed.train(resume_from_checkpoint=True)
-        assert_same_result(whole[0], resumed)
-
-    @pytest.mark.parametrize("number", [1, 2])
-    def test_killed_after_a_round_had_stopped(self, tmp_path, whole, number, monkeypatch):
-        with monkeypatch.context() as patched:
-            raise_at_call(patched, lottery_search, "draw_masks", number)
-            with pytest.raises(Crash):
-                self.trainer(tmp_path).train()
-        steps = []
-        resumed = self.trainer(tmp_path, AtStep(lambda step, **_: steps.append(step)), model=tiny_classifier(seed=9))
-        resumed.train(resume_from_checkpoint=True)
-        assert len(steps) == sum(whole[1][number:])  # none in the round that was over
-        assert_same_result(whole[0], resumed)
+    assert_same_search(whole, resume(tmp_path))

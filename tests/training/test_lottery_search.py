@@ -2,6 +2,11 @@
 
 import pytest
 import torch
+from transformers import TrainerCallback
+
+from sparse_hf.storage.mask_file import MASKS_FILE
+from sparse_hf.tickets.configs import LotteryTicketConfig
+from sparse_hf.tickets.ticket import Ticket
 from training.tiny_training import (
     AtBegin,
     AtStep,
@@ -13,11 +18,6 @@ from training.tiny_training import (
     tiny_classifier,
     tiny_trainer,
 )
-from transformers import TrainerCallback
-
-from sparse_hf.storage.mask_file import MASKS_FILE
-from sparse_hf.tickets.configs import LotteryTicketConfig
-from sparse_hf.tickets.ticket import Ticket
 
 
 WEIGHTS = 4352

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 from torch import nn
-from training.tiny_training import assert_zeros
 
 from sparse_hf.training.mask_keeper import MaskKeeper
+from training.tiny_training import assert_zeros
 
 
 OPTIMIZERS = {

@@ -4,6 +4,14 @@ import shutil
 
 import pytest
 import torch
+from transformers import Trainer
+
+from sparse_hf.anatomy.canonical_names import named_canonical_parameters
+from sparse_hf.storage.mask_file import MASKS_FILE
+from sparse_hf.tickets.configs import GradualPruningConfig, StaticSparsityConfig
+from sparse_hf.tickets.prune import prune
+from sparse_hf.tickets.ticket import Ticket
+from sparse_hf.training.callback import SparsityCallback
 from training.tiny_training import (
     AtBegin,
     Crash,
@@ -15,14 +23,6 @@ from training.tiny_training import (
     tiny_classifier,
     tiny_trainer,
 )
-from transformers import Trainer
-
-from sparse_hf.anatomy.canonical_names import named_canonical_parameters
-from sparse_hf.storage.mask_file import MASKS_FILE
-from sparse_hf.tickets.configs import GradualPruningConfig, StaticSparsityConfig
-from sparse_hf.tickets.prune import prune
-from sparse_hf.tickets.ticket import Ticket
-from sparse_hf.training.callback import SparsityCallback
 
 
 CONFIGS = {

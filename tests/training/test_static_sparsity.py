@@ -4,6 +4,14 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification, Trainer
+
+from sparse_hf.anatomy.canonical_names import named_canonical_parameters
+from sparse_hf.storage.mask_file import MASKS_FILE
+from sparse_hf.tickets.configs import LotteryTicketConfig, StaticSparsityConfig
+from sparse_hf.tickets.prune import prune
+from sparse_hf.tickets.ticket import Ticket
+from sparse_hf.training.callback import SparsityCallback
 from tiny_models import tiny_model
 from training.tiny_training import (
     AtStep,
@@ -16,14 +24,6 @@ from training.tiny_training import (
     tiny_rows,
     tiny_trainer,
 )
-from transformers import AutoModelForSequenceClassification, Trainer
-
-from sparse_hf.anatomy.canonical_names import named_canonical_parameters
-from sparse_hf.storage.mask_file import MASKS_FILE
-from sparse_hf.tickets.configs import LotteryTicketConfig, StaticSparsityConfig
-from sparse_hf.tickets.prune import prune
-from sparse_hf.tickets.ticket import Ticket
-from sparse_hf.training.callback import SparsityCallback
 
 
 HALF = StaticSparsityConfig(sparsity=0.5)
@@ -123,7 +123,13 @@ def test_without_clipping_the_callback_and_the_trainer_agree_bit_for_bit(tmp_pat
 def test_with_clipping_they_differ_only_by_the_norm(tmp_path):
     results, norms = [], []
     for as_callback in (False, True):
-        options = {"max_grad_norm": 0.05, "max_steps": 1, "optim": "sgd", "weight_decay": 0.0, "lr_scheduler_type": "constant"}
+        options = {
+            "max_grad_norm": 0.05,
+            "max_steps": 1,
+            "optim": "sgd",
+            "weight_decay": 0.0,
+            "lr_scheduler_type": "constant",
+        }
         options |= {"logging_strategy": "steps", "logging_steps": 1, "learning_rate": 1.0}
         trainer, own, _ = watched(tmp_path / str(as_callback), as_callback, HALF, **options)
         start = own._first_masks(trainer.model, None)
@@ -216,7 +222,7 @@ def test_a_ticket_of_another_base_is_refused_before_training(tmp_path):
 
 
 def test_a_callback_cannot_search():
-    with pytest.raises(TypeError, match="Use `SparseTrainer"):
+    with pytest.raises(TypeError, match="use `SparseTrainer"):
         SparsityCallback(LotteryTicketConfig())
     with pytest.raises(TypeError, match="got float"):
         SparsityCallback(0.5)

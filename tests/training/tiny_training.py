@@ -4,14 +4,15 @@ import gc
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
-from tiny_models import tiny_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from sparse_hf.anatomy.canonical_names import named_canonical_parameters
 from sparse_hf.tickets.ticket import Ticket
 from sparse_hf.training.trainer import SparseTrainer
+from tiny_models import tiny_model
 
 
 torch.set_num_threads(1)
@@ -53,7 +54,11 @@ def tiny_arguments(folder: Path, **changes: object) -> TrainingArguments:
 
 
 def tiny_trainer(
-    folder: Path, sparsity: object = None, model: nn.Module | None = None, trainer_class: type = SparseTrainer, **options: object
+    folder: Path,
+    sparsity: object = None,
+    model: nn.Module | None = None,
+    trainer_class: type = SparseTrainer,
+    **options: object,
 ) -> SparseTrainer:
     """A trainer of a tiny classifier; `options` named like a Trainer's go to it, the others to its arguments."""
     own = {name: options.pop(name) for name in _OF_TRAINER if name in options}
@@ -126,7 +131,7 @@ class Crash(Exception):
 
 
 class CrashAt(TrainerCallback):
-    """Raises at the end of step `step` of the training number `training` (1 is the first), before anything is saved."""
+    """Raises at the end of step `step` of training number `training` (1 is the first), before anything is saved."""
 
     def __init__(self, step: int, training: int = 1) -> None:
         self.step = step
@@ -144,3 +149,28 @@ def ticket_masks(trainer: SparseTrainer) -> dict[str, Tensor]:
     """The masks of a trainer's ticket."""
     ticket: Ticket = trainer.ticket
     return ticket.masks()
+
+
+def raise_at_call(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, number: int) -> None:
+    """Let call `number` (1 is the first) of `owner.name` crash before it does anything."""
+    original, calls = getattr(owner, name), []
+
+    def crash(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == number:
+            raise Crash
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, crash)
+
+
+def assert_same_search(whole: tuple, resumed: SparseTrainer) -> None:
+    """The resumed search ended as `whole` did: (masks, weights, folder); so did each of its rounds."""
+    masks, weights, folder = whole
+    assert_same(ticket_masks(resumed), masks)
+    assert_same(tensors(resumed.model), weights)
+    for number in (1, 2):
+        first = Ticket.from_pretrained(folder / f"round-{number}" / "ticket")
+        second = Ticket.from_pretrained(Path(resumed.args.output_dir) / f"round-{number}" / "ticket")
+        assert_same(first.masks(), second.masks())
+        assert first.origin.base_fingerprint == second.origin.base_fingerprint

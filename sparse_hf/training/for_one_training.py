@@ -1,0 +1,58 @@
+"""What is changed about a trainer for one training of a search, and put back after it?"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sparse_hf.training.snapshot import save_snapshot
+
+
+class TakeSnapshot(TrainerCallback):
+    """Saves the model at the step to which later rounds rewind."""
+
+    def __init__(self, step: int, path: Path) -> None:
+        self.step = step
+        self.path = path
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        if state.global_step == self.step and args.should_save:
+            save_snapshot(kwargs["model"], self.path)
+
+
+@contextlib.contextmanager
+def with_arguments(trainer: Trainer, arguments: TrainingArguments) -> Iterator[None]:
+    """Other training arguments than the user's."""
+    users = trainer.args
+    trainer.args = arguments
+    try:
+        yield
+    finally:
+        trainer.args = users
+
+
+@contextlib.contextmanager
+def with_callback(trainer: Trainer, callback: TrainerCallback | bool) -> Iterator[None]:
+    """One more callback, or none if it is False."""
+    if not callback:
+        yield
+        return
+    trainer.add_callback(callback)
+    try:
+        yield
+    finally:
+        trainer.remove_callback(callback)
+
+
+@contextlib.contextmanager
+def without_model_init(trainer: Trainer) -> Iterator[None]:
+    """`model_init` made the first model; called again in each `train`, it would undo rewinding."""
+    model_init = trainer.model_init
+    trainer.model_init = None
+    try:
+        yield
+    finally:
+        trainer.model_init = model_init

@@ -1,0 +1,70 @@
+"""Rewinding: every parameter and persistent buffer, bit for bit, from a file that cannot alias live weights."""
+
+import pytest
+import torch
+from torch import nn
+
+from sparse_hf.training.snapshot import restore_snapshot, save_snapshot
+from tiny_models import tiny_model
+from training.tiny_training import assert_same, same, tensors, tiny_classifier
+
+
+def shake(model: nn.Module) -> None:
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.copy_(tensor + 1 if tensor.is_floating_point() else tensor)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "t5", "mixtral"])
+def test_every_tensor_comes_back(tmp_path, family):
+    model = tiny_model(family, "sequence_classification")
+    start = tensors(model)
+    save_snapshot(model, tmp_path / "start.safetensors")
+    shake(model)
+    assert not same(start, tensors(model))
+    restore_snapshot(model, tmp_path / "start.safetensors")
+    assert_same(start, tensors(model))
+
+
+def test_odd_bits_buffers_and_tied_weights_come_back(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    with torch.no_grad():
+        model[0].weight[0] = torch.tensor([-0.0, float("nan"), float("inf"), 1e-45])
+        model[1].running_mean.fill_(7)
+        model[1].num_batches_tracked.fill_(3)
+    bits = model[0].weight.detach().view(torch.int32).clone()
+    save_snapshot(model, tmp_path / "start.safetensors")
+    shake(model)
+    restore_snapshot(model, tmp_path / "start.safetensors")
+    assert torch.equal(model[0].weight.detach().view(torch.int32), bits)
+    assert model[2].weight is model[0].weight
+    assert model[1].running_mean.tolist() == [7.0] * 4
+    assert model[1].num_batches_tracked == 3
+
+
+def test_only_what_is_wanted_is_saved_and_restored(tmp_path):
+    model = tiny_classifier()
+    start = tensors(model)
+    save_snapshot(model, tmp_path / "head.safetensors", lambda name: name.startswith("classifier"))
+    shake(model)
+    restore_snapshot(model, tmp_path / "head.safetensors", lambda name: name.startswith("classifier"))
+    for name, value in tensors(model).items():
+        assert torch.equal(value, start[name]) == name.startswith("classifier"), name
+
+
+@pytest.mark.parametrize("changes", [{"intermediate_size": 48}, {"num_hidden_layers": 3}, {"num_hidden_layers": 1}])
+def test_another_model_is_refused_and_unchanged(tmp_path, changes):
+    save_snapshot(tiny_classifier(), tmp_path / "start.safetensors")
+    other = tiny_classifier(seed=1, **changes)
+    before = tensors(other)
+    with pytest.raises(ValueError, match="was saved from another model"):
+        restore_snapshot(other, tmp_path / "start.safetensors")
+    assert_same(before, tensors(other))
+
+
+def test_another_precision_is_refused(tmp_path):
+    """Copied into bfloat16, the snapshot would be rounded, and rewinding would not be exact."""
+    save_snapshot(tiny_classifier(), tmp_path / "start.safetensors")
+    with pytest.raises(ValueError, match="was saved from another model"):
+        restore_snapshot(tiny_classifier().bfloat16(), tmp_path / "start.safetensors")
