@@ -31,7 +31,7 @@ from sparse_hf.training.checkpoints import last_complete_checkpoint
 from sparse_hf.training.first_masks import seeded, site_gradients
 from sparse_hf.training.for_one_training import TakeSnapshot, with_arguments, with_callback, without_model_init
 from sparse_hf.training.round_metrics import metrics_of_weights
-from sparse_hf.training.search_checks import check_before_search, check_optimizers
+from sparse_hf.training.search_checks import check_before_search, check_optimizers, round_arguments
 from sparse_hf.training.search_journal import SearchJournal, open_journal
 from sparse_hf.training.snapshot import restore_snapshot, save_snapshot
 from sparse_hf.training.stateful_callbacks import callback_states, set_callback_states, states_in_checkpoint
