@@ -43,7 +43,7 @@ class Arguments:
     output_dir: str = field(default="outputs/demo", metadata={"help": "Folder for everything the demo leaves."})
     sparsity: float = field(default=0.6, metadata={"help": "Fraction of prunable weights that are zero."})
     rounds: int = field(default=3, metadata={"help": "Train-and-prune rounds."})
-    max_train_samples: int = field(default=1400, metadata={"help": "Training rows, drawn by seed."})
+    max_train_samples: int = field(default=1100, metadata={"help": "Training rows, drawn by seed."})
     max_eval_samples: int = field(default=500, metadata={"help": "Validation rows."})
     max_length: int = field(default=64, metadata={"help": "Longest input in tokens."})
     learning_rate: float = field(default=1.5e-4, metadata={"help": "Peak learning rate of every training."})
