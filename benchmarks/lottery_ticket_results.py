@@ -49,6 +49,7 @@ def command(options: argparse.Namespace, task: str, seed: int, mode: str, folder
         *("--per_device_eval_batch_size", "64", "--train_sampling_strategy", "group_by_length"),
         *("--eval_strategy", "epoch" if mode == "search" else "no"),
         *("--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "true", "--logging_steps", "50"),
+        *(("--exclude", *options.exclude) if options.exclude else ()),
         *("--output_dir", str(folder), *more),
     ]
 
@@ -217,6 +218,7 @@ def main() -> None:
     parser.add_argument("--glue", default="")
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--exclude", nargs="*", help="patterns of matrices to leave dense in every row")
     parser.add_argument("--learning_rate", default="2e-4")
     parser.add_argument("--transfer_round", type=int, default=2)
     parser.add_argument("--report", action="store_true")

@@ -49,12 +49,13 @@ class Arguments:
     budget: Literal["global", "uniform", "erdos_renyi", "erdos_renyi_kernel"] = field(
         default="global", metadata={"help": "One threshold for all matrices, or a density for each."}
     )
+    exclude: list[str] | None = field(default=None, metadata={"help": "Patterns of matrices to leave dense."})
     rewind_step: int = field(default=0, metadata={"help": "Rewind to this step of the dense round."})
     rewind_head: bool = field(default=False, metadata={"help": "Reset the classifier in each round too."})
     round_steps: int | None = field(default=None, metadata={"help": "Steps per round; default: as the training."})
 
 
-def sparsity_of(arguments: Arguments) -> LotteryTicketConfig | StaticSparsityConfig | None:
+def sparsity_of(arguments: Arguments, seed: int) -> LotteryTicketConfig | StaticSparsityConfig | None:
     """The sparsity config of the chosen mode."""
     if arguments.mode in ("ticket", "reinit") and arguments.ticket is None:
         raise ValueError(f"Mode `{arguments.mode}` needs `--ticket`, a folder or a Hub id.")
@@ -62,20 +63,30 @@ def sparsity_of(arguments: Arguments) -> LotteryTicketConfig | StaticSparsityCon
         case "dense":
             return None
         case "search":
-            names = ("sparsity", "rounds", "schedule", "budget", "rewind_step", "rewind_head", "round_steps")
+            names = (
+                "sparsity",
+                "rounds",
+                "schedule",
+                "budget",
+                "exclude",
+                "rewind_step",
+                "rewind_head",
+                "round_steps",
+            )
             return LotteryTicketConfig(**{name: getattr(arguments, name) for name in names})
         case "ticket":
             return StaticSparsityConfig(ticket=arguments.ticket)
         case "reinit":
             return StaticSparsityConfig(ticket=arguments.ticket, check_base=False)
     score = "magnitude" if arguments.mode == "one_shot" else "random"
-    return StaticSparsityConfig(sparsity=arguments.sparsity, score=score, budget=arguments.budget)
+    where = {"budget": arguments.budget, "exclude": arguments.exclude}
+    return StaticSparsityConfig(sparsity=arguments.sparsity, score=score, seed=seed, **where)
 
 
 def main() -> None:
     """Run one mode."""
     arguments, training_args = HfArgumentParser((Arguments, TrainingArguments)).parse_args_into_dataclasses()
-    sparsity = sparsity_of(arguments)
+    sparsity = sparsity_of(arguments, training_args.seed)
     files = (arguments.train_file, arguments.validation_file, arguments.dataset_name)
     subset = (arguments.max_train_samples, training_args.seed)
     train, validation = load_task(arguments.task_name, *files, *subset)
