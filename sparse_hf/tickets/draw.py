@@ -1,5 +1,6 @@
 """Which weights of a model stay at a given sparsity: one draw = score x budget."""
 
+import logging
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -15,6 +16,12 @@ from sparse_hf.algorithms.scores import gradient_scores, random_scores
 from sparse_hf.algorithms.selection import keep_largest
 from sparse_hf.anatomy.sites import Site
 from sparse_hf.tickets.configs import Budget, Score, check_choice
+
+
+logger = logging.getLogger(__name__)
+
+# A matrix whose density is below this share of the whole draw's is as good as cut off.
+COLLAPSED = 0.05
 
 
 @torch.no_grad()
@@ -71,7 +78,24 @@ def draw_masks(
             )[0]
             for i, count in enumerate(counts)
         ]
+    _warn_of_collapse(names, kept)
     return join_sites(sites, kept, parameters)
+
+
+def _warn_of_collapse(names: Sequence[str], kept: Sequence[Tensor]) -> None:
+    """One threshold for all empties matrices whose weights are small by scale; what needs them then cannot learn."""
+    density = sum(int(mask.sum()) for mask in kept) / sum(mask.numel() for mask in kept)
+    densities = {name: int(mask.sum()) / mask.numel() for name, mask in zip(names, kept, strict=True)}
+    collapsed = [name for name, one in densities.items() if one < COLLAPSED * density]
+    if collapsed:
+        logger.warning(
+            "Layer collapse: `%s`%s keeps %.2g of its weights where %.2g stay over all. Leave it dense by `exclude`, "
+            "or fix a density per matrix by `budget`.",
+            collapsed[0],
+            f" (and {len(collapsed) - 1} more)" if len(collapsed) > 1 else "",
+            densities[collapsed[0]],
+            density,
+        )
 
 
 def _scores(
