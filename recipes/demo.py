@@ -130,6 +130,7 @@ def main() -> None:
     seconds = dict.fromkeys(("training", "pruning", "rewinding", "saving"), 0.0)
     for row, trainer in trainers.items():
         begun = time.perf_counter()
+        set_seed(arguments.seed)
         trainer.train(resume_from_checkpoint=True if trainer.search else None)
         accuracy = trainer.state.log_history[-2]["eval_accuracy"]
         if trainer.search:
