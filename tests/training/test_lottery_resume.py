@@ -14,7 +14,7 @@ import sparse_hf
 import training
 from sparse_hf.tickets.configs import LotteryTicketConfig
 from sparse_hf.tickets.ticket import Ticket
-from sparse_hf.training import lottery_search
+from sparse_hf.training import for_one_training, lottery_search
 from sparse_hf.training.search_journal import SearchJournal
 from training.tiny_training import (
     AtBegin,
@@ -68,10 +68,10 @@ def test_killed_while_training(tmp_path, whole, training_number, step):
 
 
 KILLS = {
-    "while the rewinding point is written": (lottery_search, "save_snapshot", 2),
+    "while the rewinding point is written": (for_one_training, "save_snapshot", 1),
     "after the dense round": (lottery_search, "draw_masks", 1),
     "after the second round": (lottery_search, "draw_masks", 2),
-    "before the head is saved": (lottery_search, "save_snapshot", 4),
+    "before the head is saved": (lottery_search, "save_snapshot", 3),
     "between pruning and saving the ticket": (Ticket, "save_pretrained", 2),
     "between the ticket and the journal": (SearchJournal, "save", 3),
     "after the journal of the last round": (Ticket, "save_pretrained", 3),
