@@ -44,10 +44,10 @@ class Arguments:
     exclude: list[str] | None = field(default=None, metadata={"help": "Patterns of matrices to leave dense."})
     sparsity: float = field(default=0.6, metadata={"help": "Fraction of prunable weights that are zero."})
     rounds: int = field(default=3, metadata={"help": "Train-and-prune rounds."})
-    max_train_samples: int = field(default=1100, metadata={"help": "Training rows, drawn by seed."})
+    max_train_samples: int = field(default=1200, metadata={"help": "Training rows, drawn by seed."})
     max_eval_samples: int = field(default=500, metadata={"help": "Validation rows."})
     max_length: int = field(default=64, metadata={"help": "Longest input in tokens."})
-    learning_rate: float = field(default=1.5e-4, metadata={"help": "Peak learning rate of every training."})
+    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate of every training."})
     epochs: float = field(default=1, metadata={"help": "Epochs per training."})
     seed: int = field(default=0, metadata={"help": "Of data, classifier and batches."})
 
@@ -93,7 +93,7 @@ def build_trainers(arguments: Arguments, folder: Path) -> dict[str, SparseTraine
         args = TrainingArguments(
             str(folder / FOLDERS[row]),
             num_train_epochs=arguments.epochs,
-            per_device_train_batch_size=8,
+            per_device_train_batch_size=16,
             per_device_eval_batch_size=64,
             learning_rate=arguments.learning_rate,
             train_sampling_strategy="group_by_length",
