@@ -31,6 +31,7 @@ LAYER_WEIGHTS = sum(rows * columns for rows, columns in LAYER)
 
 
 def main() -> None:
+    """Measure both sides and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=float, default=85, help="millions of weights, in whole BERT-base layers")
     parser.add_argument("--sparsity", type=float, default=0.6, help="fraction to remove")
@@ -82,6 +83,7 @@ TITLES = {
 
 
 def report(arguments: argparse.Namespace, weights: list[Tensor], num_keep: int) -> None:
+    """Print one line per side, with ratios to ours."""
     total = sum(weight.numel() for weight in weights)
     print(
         f"{total / 1e6:.1f} M weights, {num_keep:,} kept, {torch.get_num_threads()} threads, torch {torch.__version__}"
@@ -100,6 +102,7 @@ def report(arguments: argparse.Namespace, weights: list[Tensor], num_keep: int) 
 
 
 def time_sides(weights: list[Tensor], num_keep: int, rounds: int) -> tuple[dict[str, list[float]], dict]:
+    """Seconds of each side, taking turns."""
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     masks = {}
     for _ in range(rounds):
