@@ -46,7 +46,7 @@ def zero_pruned_(tensor: Tensor, bits: Tensor) -> Tensor:
         raise ValueError(f"Only floating-point weights can be masked, got {tensor.dtype}. Choose one of: {choices}.")
     integers = tensor.detach().view(INTEGER_VIEW[tensor.dtype])
     if tensor.device.type == "cpu":
-        # numpy widens the mask bytes in cache-sized pieces, which torch's mixed-width AND does not: 1.8 times as fast.
+        # numpy widens the mask bytes in cache-sized pieces, which torch's mixed-width AND does not.
         np.bitwise_and(integers.numpy(), bits.numpy(), out=integers.numpy())
         torch.autograd.graph.increment_version(tensor)  # autograd has to know that values changed
     else:

@@ -103,7 +103,7 @@ class SparsityCallback(TrainerCallback):
             # Weights that this callback has trained are no longer those of the ticket's base.
             masks = self._first_masks(model, train_dataloader, check_base=not trained_before)
         self.keeper = MaskKeeper(optimizer, named_canonical_parameters(model), masks)
-        logger.info("Training under %s.", self.ticket)
+        logger.info("Training with %.2f %% of the prunable weights at zero.", 100 * self.keeper.sparsity)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: object

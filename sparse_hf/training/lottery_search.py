@@ -73,11 +73,6 @@ class LotterySearch:
             raise RuntimeError("There is no ticket yet: no round is finished. Call `train()` first.")
         return self._ticket
 
-    @property
-    def folder(self) -> Path:
-        """Where the search keeps its files."""
-        return self._folder
-
     def run(self, resume: str | bool | None) -> TrainOutput:
         """All rounds that are not finished yet, then the final training of the ticket.
 
