@@ -2,33 +2,53 @@
 
 import importlib
 
+from sparse_hf.anatomy.registration import register_slim_models
+
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "EarlyBirdConfig",
     "GradualPruningConfig",
     "LotteryTicketConfig",
     "SparseTrainer",
     "SparsityCallback",
     "StaticSparsityConfig",
+    "StructuredTicket",
     "Ticket",
+    "UnitTable",
     "find_sites",
+    "find_units",
+    "load_slim",
+    "plot_mask_distances",
     "plot_sparsity",
     "prune",
+    "slim",
 ]
 
-# Imported on first use: `import sparse_hf` alone loads neither torch nor transformers.
+# Imported on first use.
 _HOMES = {
+    "EarlyBirdConfig": "sparse_hf.tickets.early_bird_config",
     "GradualPruningConfig": "sparse_hf.tickets.configs",
     "LotteryTicketConfig": "sparse_hf.tickets.configs",
     "SparseTrainer": "sparse_hf.training.trainer",
     "SparsityCallback": "sparse_hf.training.callback",
     "StaticSparsityConfig": "sparse_hf.tickets.configs",
+    "StructuredTicket": "sparse_hf.tickets.structured_ticket",
     "Ticket": "sparse_hf.tickets.ticket",
+    "UnitTable": "sparse_hf.anatomy.modeling_slim",
     "find_sites": "sparse_hf.anatomy.sites",
+    "find_units": "sparse_hf.anatomy.units",
+    "load_slim": "sparse_hf.tickets.slim_model",
+    "plot_mask_distances": "sparse_hf.hub.mask_distance_picture",
     "plot_sparsity": "sparse_hf.hub.sparsity_picture",
     "prune": "sparse_hf.tickets.prune",
+    "slim": "sparse_hf.tickets.slim_model",
 }
+
+
+# Slim models are read by `AutoModel....from_pretrained` as soon as sparse_hf is imported, so this cannot wait.
+register_slim_models()
 
 
 def __getattr__(name: str) -> object:

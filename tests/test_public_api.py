@@ -1,6 +1,8 @@
 """What `from sparse_hf import ...` promises."""
 
 import inspect
+import subprocess
+import sys
 
 import pytest
 
@@ -37,3 +39,14 @@ def test_public_methods_are_documented(name):
         own = [method for method in vars(public) if not method.startswith("_")]
         methods = [method for method in own if inspect.isroutine(getattr(public, method))]
         assert [method for method in methods if not inspect.getdoc(getattr(public, method))] == []
+
+
+def test_import_teaches_the_auto_classes_slim_models_and_loads_nothing_optional():
+    code = (
+        "import sys, sparse_hf\n"
+        "from transformers import AutoConfig\n"
+        "assert type(AutoConfig.for_model('slim_bert')).__name__ == 'SlimBertConfig'\n"
+        "print([name for name in ('matplotlib', 'typer', 'peft', 'datasets') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

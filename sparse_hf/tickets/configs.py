@@ -1,12 +1,12 @@
 """What a user can ask for: one frozen dataclass per method, checked at construction, JSON round trip."""
 
-import dataclasses
 import math
 import os
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
 from sparse_hf.algorithms.schedules import geometric_sparsity, linear_sparsity
+from sparse_hf.tickets.config_checks import check_choice, check_positive, check_sparsity
 
 
 Score = Literal["magnitude", "gradient", "random"]
@@ -67,7 +67,7 @@ class LotteryTicketConfig:
     def __post_init__(self) -> None:
         _check_common(self)
         check_choice("schedule", self.schedule, RoundSchedule)
-        _check_positive(self, "rounds", "round_steps", "round_epochs", "score_batches")
+        check_positive(self, "rounds", "round_steps", "round_epochs", "score_batches")
         if self.round_steps is not None and self.round_epochs is not None:
             raise ValueError(
                 f"Give `round_steps` or `round_epochs`, not both, got {self.round_steps} and {self.round_epochs}."
@@ -115,8 +115,8 @@ class GradualPruningConfig:
 
     def __post_init__(self) -> None:
         _check_common(self)
-        _check_positive(self, "end_step", "every")
-        _check_sparsity("initial_sparsity", self.initial_sparsity)
+        check_positive(self, "end_step", "every")
+        check_sparsity("initial_sparsity", self.initial_sparsity)
         if self.initial_sparsity > self.sparsity:
             raise ValueError(
                 f"`initial_sparsity` must be at most `sparsity` ({self.sparsity}), got {self.initial_sparsity}."
@@ -159,52 +159,14 @@ class StaticSparsityConfig:
                 f"`ticket` must be a folder or a Hub id, got a {type(self.ticket).__name__}. "
                 "Pass a ticket in memory as `sparsity=ticket` instead of a config."
             )
-        _check_positive(self, "score_batches")
+        check_positive(self, "score_batches")
         _check_common(self)
-
-
-SparsityConfig = LotteryTicketConfig | GradualPruningConfig | StaticSparsityConfig
-
-METHODS: dict[str, type] = {
-    "lottery_ticket": LotteryTicketConfig,
-    "gradual_pruning": GradualPruningConfig,
-    "static_sparsity": StaticSparsityConfig,
-}
-
-
-def method_name(config: SparsityConfig) -> str:
-    """The name under which a config of this class is stored."""
-    return next(name for name, kind in METHODS.items() if type(config) is kind)
-
-
-def config_to_dict(config: SparsityConfig) -> dict:
-    """The config as plain JSON values, with its method's name."""
-    values = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(config).items()}
-    return {"method": method_name(config), **values}
-
-
-def config_from_dict(content: dict) -> SparsityConfig:
-    """The config that `config_to_dict` wrote.
-
-    Raises:
-        ValueError: unknown method or field, or values that the config refuses.
-    """
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
-    method = values.pop("method", None)
-    if not isinstance(method, str) or method not in METHODS:
-        raise ValueError(f"Unknown sparsity method {method!r}. Choose one of: {', '.join(sorted(METHODS))}.")
-    known = {entry.name for entry in dataclasses.fields(METHODS[method])}
-    if unknown := sorted(set(values) - known):
-        raise ValueError(
-            f"{METHODS[method].__name__} has no field {unknown[0]!r}. Choose from: {', '.join(sorted(known))}."
-        )
-    return METHODS[method](**values)
 
 
 def _rounds_of_fraction(config: LotteryTicketConfig) -> int:
     """How many rounds of `per_round` reach `sparsity`."""
     fraction, sparsity = config.per_round, config.sparsity
-    _check_sparsity("per_round", fraction)
+    check_sparsity("per_round", fraction)
     if fraction == 0:
         raise ValueError("`per_round` must be more than 0, got 0. It is the fraction of weights pruned in a round.")
     linear = config.schedule == "linear"
@@ -220,9 +182,9 @@ def _rounds_of_fraction(config: LotteryTicketConfig) -> int:
     )
 
 
-def _check_common(config: SparsityConfig) -> None:
+def _check_common(config: object) -> None:
     if type(config) is not StaticSparsityConfig or config.ticket is None:
-        _check_sparsity("sparsity", config.sparsity)
+        check_sparsity("sparsity", config.sparsity)
     check_choice("score", config.score, Score)
     check_choice("budget", config.budget, Budget)
     if type(config.seed) is not int:
@@ -235,28 +197,3 @@ def _check_common(config: SparsityConfig) -> None:
         if not isinstance(patterns, (tuple, list)) or not all(isinstance(pattern, str) for pattern in patterns):
             raise ValueError(f"`{name}` must be a pattern or a list of patterns, got {patterns!r}.")
         object.__setattr__(config, name, tuple(patterns))
-
-
-def _check_sparsity(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise ValueError(f"`{name}` must be in [0, 1), got {value!r}. It is a fraction of the prunable weights.")
-
-
-def check_choice(name: str, value: str, choices: object) -> None:
-    """Raise ValueError unless `value` is one of the values of the Literal `choices`."""
-    if value not in get_args(choices):
-        raise ValueError(f"Unknown {name} {value!r}. Choose one of: {', '.join(get_args(choices))}.")
-
-
-def _check_positive(config: SparsityConfig, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        whole = type(config).__dataclass_fields__[name].type in (int, int | None)
-        optional = type(config).__dataclass_fields__[name].default is None
-        if value is None and optional:
-            continue
-        number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-        if not number or not 0 < value < math.inf:  # NaN is not
-            raise ValueError(
-                f"`{name}` must be {'a whole number of 1 or more' if whole else 'more than 0'}, got {value!r}."
-            )

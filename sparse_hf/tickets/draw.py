@@ -15,7 +15,8 @@ from sparse_hf.algorithms.budgets import (
 from sparse_hf.algorithms.scores import gradient_scores, random_scores
 from sparse_hf.algorithms.selection import keep_largest
 from sparse_hf.anatomy.sites import Site
-from sparse_hf.tickets.configs import Budget, Score, check_choice
+from sparse_hf.tickets.config_checks import check_choice
+from sparse_hf.tickets.configs import Budget, Score
 
 
 logger = logging.getLogger(__name__)

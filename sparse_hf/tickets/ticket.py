@@ -13,16 +13,14 @@ from sparse_hf.algorithms.mask_distance import hamming_distance, overlap
 from sparse_hf.algorithms.masking import sign_extended, zero_pruned_
 from sparse_hf.anatomy.canonical_names import named_canonical_parameters
 from sparse_hf.anatomy.sites import find_sites
-from sparse_hf.storage.durable import write_folder, write_json
+from sparse_hf.storage.durable import write_json
 from sparse_hf.storage.locations import local_folder, push_folder
 from sparse_hf.storage.mask_file import MASKS_FILE, load_bits, save_bits
 from sparse_hf.tickets.draw import join_sites
 from sparse_hf.tickets.fingerprint import base_fingerprint
 from sparse_hf.tickets.fit import misfits, near
 from sparse_hf.tickets.origin import TicketOrigin, origin_of, read_origin
-
-
-DESCRIPTION_FILE = "sparse_hf.json"
+from sparse_hf.tickets.ticket_folder import DESCRIPTION_FILE, find_masks_file, write_ticket_folder
 
 
 class Ticket:
@@ -176,14 +174,7 @@ class Ticket:
             OSError: the disk is full or not writable; an older ticket survives.
         """
         folder = Path(folder)
-        entries = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
-        strangers = sorted(entries - {MASKS_FILE, DESCRIPTION_FILE})
-        if strangers or (folder.exists() and not folder.is_dir()):
-            found = repr(strangers[0]) if strangers else "a file"
-            raise FileExistsError(
-                f"`{folder}` must be new or hold an older ticket, found {found}. Choose another folder."
-            )
-        write_folder(folder, self._write)
+        write_ticket_folder(folder, MASKS_FILE, self._write)
         return folder
 
     @classmethod
@@ -201,10 +192,10 @@ class Ticket:
 
         Raises:
             FileNotFoundError: no such folder or repository, or it holds no ticket.
-            ValueError: a file is truncated, damaged or hostile.
+            ValueError: a file is truncated, damaged or hostile, or the ticket is a `StructuredTicket`.
         """
         folder = local_folder(name_or_path, [MASKS_FILE, DESCRIPTION_FILE], revision, token, cache_dir)
-        bits, shapes = load_bits(folder / MASKS_FILE)
+        bits, shapes = load_bits(find_masks_file(folder, MASKS_FILE))
         if not bits:
             raise ValueError(f"`{folder / MASKS_FILE}` holds no mask, so it is not a ticket. Name another folder.")
         description = folder / DESCRIPTION_FILE

@@ -18,13 +18,8 @@ from sparse_hf.algorithms.schedules import cubic_sparsity
 from sparse_hf.anatomy.canonical_names import named_canonical_parameters
 from sparse_hf.storage.durable import write_json
 from sparse_hf.storage.mask_file import MASKS_FILE, save_bits
-from sparse_hf.tickets.configs import (
-    GradualPruningConfig,
-    LotteryTicketConfig,
-    SparsityConfig,
-    StaticSparsityConfig,
-    config_to_dict,
-)
+from sparse_hf.tickets.config_json import SparsityConfig, config_to_dict
+from sparse_hf.tickets.configs import GradualPruningConfig, LotteryTicketConfig, StaticSparsityConfig
 from sparse_hf.tickets.origin import TicketOrigin, origin_of
 from sparse_hf.tickets.ticket import DESCRIPTION_FILE, Ticket
 from sparse_hf.training.first_masks import draw_at, masks_of_ticket, static_masks

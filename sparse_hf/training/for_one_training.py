@@ -4,7 +4,15 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.integrations import TensorBoardCallback
 
 from sparse_hf.training.snapshot import save_snapshot
 
@@ -56,3 +64,23 @@ def without_model_init(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         trainer.model_init = model_init
+
+
+@contextlib.contextmanager
+def without_early_stopping(trainer: Trainer) -> Iterator[None]:
+    """Early stopping asks for evaluations, which a search for a ticket does not make."""
+    stoppers = [one for one in trainer.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)]
+    for one in stoppers:
+        trainer.remove_callback(one)
+    try:
+        yield
+    finally:
+        for one in stoppers:
+            trainer.add_callback(one)
+
+
+def forget_tensorboard_folder(trainer: Trainer) -> None:
+    """A TensorBoard run of its own for the next training: steps begin at 0 again."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback):
+            callback.logging_dir = None

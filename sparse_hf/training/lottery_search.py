@@ -15,26 +15,38 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from tqdm.auto import tqdm
 from transformers import TrainingArguments, set_seed
-from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import TrainOutput
 
 from sparse_hf.anatomy.canonical_names import head_names, named_canonical_parameters
 from sparse_hf.anatomy.sites import Site
-from sparse_hf.tickets.configs import LotteryTicketConfig, config_to_dict
+from sparse_hf.tickets.config_json import config_to_dict
+from sparse_hf.tickets.configs import LotteryTicketConfig
 from sparse_hf.tickets.draw import draw_masks
 from sparse_hf.tickets.fingerprint import base_fingerprint
 from sparse_hf.tickets.origin import origin_of
 from sparse_hf.tickets.ticket import Ticket
 from sparse_hf.training.checkpoints import last_complete_checkpoint
 from sparse_hf.training.first_masks import seeded, site_gradients
-from sparse_hf.training.for_one_training import TakeSnapshot, with_arguments, with_callback, without_model_init
+from sparse_hf.training.for_one_training import (
+    TakeSnapshot,
+    forget_tensorboard_folder,
+    with_arguments,
+    with_callback,
+    without_model_init,
+)
 from sparse_hf.training.round_metrics import metrics_of_weights
 from sparse_hf.training.search_checks import check_before_search, check_optimizers, round_arguments
 from sparse_hf.training.search_journal import SearchJournal, open_journal
 from sparse_hf.training.snapshot import restore_snapshot, save_snapshot
-from sparse_hf.training.stateful_callbacks import callback_states, set_callback_states, states_in_checkpoint
+from sparse_hf.training.stateful_callbacks import (
+    callback_states,
+    set_callback_states,
+    states_in_checkpoint,
+    stopped_early,
+)
 
 
 if TYPE_CHECKING:
@@ -72,6 +84,20 @@ class LotterySearch:
         if self._ticket is None:
             raise RuntimeError("There is no ticket yet: no round is finished. Call `train()` first.")
         return self._ticket
+
+    def log_entries(self) -> dict[str, float]:
+        """What every log record of the Trainer says about the search: the round, and the sparsity being trained."""
+        return {"sparsity": self.sparsity, "round": self.round} if self.round else {}
+
+    def stopped(self) -> bool:
+        """Whether the training that is resumed had ended before its last step."""
+        return stopped_early(self.trainer)
+
+    def save_beside(self, folder: Path) -> None:
+        """Nothing: the masks that belong to a checkpoint are the callback's to save."""
+
+    def adjust_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Nothing: a round trains the parameters that the model has."""
 
     def run(self, resume: str | bool | None) -> TrainOutput:
         """All rounds that are not finished yet, then the final training of the ticket.
@@ -186,9 +212,7 @@ class LotterySearch:
         self.sparsity = self._current_sparsity()
         trainer.optimizer = trainer.lr_scheduler = None  # new in each round
         set_callback_states(trainer, self._pristine)
-        for callback in trainer.callback_handler.callbacks:
-            if isinstance(callback, TensorBoardCallback):
-                callback.logging_dir = None  # a run of its own per round: steps begin at 0 again
+        forget_tensorboard_folder(trainer)
         checkpoint = last_complete_checkpoint(folder)
         if checkpoint is not None:
             set_callback_states(trainer, states_in_checkpoint(checkpoint))

@@ -47,7 +47,7 @@ def open_journal(folder: Path, config: dict, resume: bool) -> SearchJournal:
         return SearchJournal(folder, config)
     if not resume:
         raise FileExistsError(
-            f"`{folder}` already holds a lottery ticket search. Pass `resume_from_checkpoint=True` to continue it, or "
+            f"`{folder}` already holds a search. Pass `resume_from_checkpoint=True` to continue it, or "
             "choose another `output_dir`."
         )
     content = read_json(path)

@@ -5,15 +5,23 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from sparse_hf.tickets.configs import LotteryTicketConfig, SparsityConfig
+from sparse_hf.anatomy.slim import cut_units
+from sparse_hf.tickets.config_json import SparsityConfig
+from sparse_hf.tickets.configs import LotteryTicketConfig
+from sparse_hf.tickets.early_bird_config import EarlyBirdConfig
+from sparse_hf.tickets.structured_ticket import StructuredTicket
 from sparse_hf.tickets.ticket import Ticket
 from sparse_hf.training.callback import SparsityCallback
 from sparse_hf.training.checkpoints import last_complete_checkpoint, steps_in_checkpoint
+from sparse_hf.training.early_bird_search import EarlyBirdSearch
 from sparse_hf.training.lottery_search import LotterySearch
-from sparse_hf.training.stateful_callbacks import stopped_early
+
+
+# Methods that train more than once.
+SEARCHES = {LotteryTicketConfig: LotterySearch, EarlyBirdConfig: EarlyBirdSearch}
 
 
 class SparseTrainer(Trainer):
@@ -25,22 +33,30 @@ class SparseTrainer(Trainer):
     of their own beside them, and resuming continues bit for bit.
     """
 
-    def __init__(self, *args: object, sparsity: SparsityConfig | Ticket | None = None, **kwargs: object) -> None:
+    def __init__(
+        self, *args: object, sparsity: SparsityConfig | Ticket | StructuredTicket | None = None, **kwargs: object
+    ) -> None:
         """
         Args:
-            sparsity: a config (`LotteryTicketConfig`, `GradualPruningConfig`, `StaticSparsityConfig`), or a `Ticket`
-                to train under. The other arguments are those of `transformers.Trainer`.
+            sparsity: a config (`LotteryTicketConfig`, `EarlyBirdConfig`, `GradualPruningConfig`,
+                `StaticSparsityConfig`), a `Ticket` to train under, or a `StructuredTicket` to which the model is cut.
+                The other arguments are those of `transformers.Trainer`. Where units are cut, `trainer.model` becomes a
+                new, smaller model; the one passed stays whole.
         """
         super().__init__(*args, **kwargs)
         self.sparsity = sparsity
-        self.search = LotterySearch(self, sparsity) if isinstance(sparsity, LotteryTicketConfig) else None
+        search = SEARCHES.get(type(sparsity))
+        self.search = None if search is None else search(self, sparsity)
+        self._structured_ticket: StructuredTicket | None = None
         self._sparsity_callback: SparsityCallback | None = None
         self._resumed_at: int | None = None  # step of the checkpoint that the running training continues
-        if sparsity is not None and self.search is None:
+        if isinstance(sparsity, StructuredTicket):
+            self._train_slim(sparsity)
+        elif sparsity is not None and self.search is None:
             self.train_under(sparsity)
 
     @property
-    def ticket(self) -> Ticket:
+    def ticket(self) -> Ticket | StructuredTicket:
         """The ticket found, or the masks in use.
 
         Raises:
@@ -48,6 +64,8 @@ class SparseTrainer(Trainer):
         """
         if self.search is not None:
             return self.search.ticket
+        if self._structured_ticket is not None:
+            return self._structured_ticket
         if self._sparsity_callback is None:
             raise RuntimeError("There is no ticket: this trainer has no `sparsity`. Pass a config or a Ticket.")
         return self._sparsity_callback.ticket
@@ -100,6 +118,19 @@ class SparseTrainer(Trainer):
         finally:
             self._resumed_at = None
 
+    def replace_model(self, model: PreTrainedModel) -> None:
+        """Go on with another model, such as a smaller one; optimizer and scheduler are made anew."""
+        self.model = self.model_wrapped = self.callback_handler.model = model
+        self.optimizer = self.lr_scheduler = None
+
+    def create_optimizer(self, *args: object, **kwargs: object) -> torch.optim.Optimizer:
+        """The Trainer's, with a group of its own for what a search trains beside the weights."""
+        made_before = self.optimizer is not None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.search is not None and not made_before:
+            self.search.adjust_optimizer(optimizer)
+        return optimizer
+
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple[int | None, ...]:
         """The Trainer's, but no epoch is left of a training that had ended when its last checkpoint was written.
 
@@ -107,9 +138,18 @@ class SparseTrainer(Trainer):
         """
         epochs, *others, max_steps = super().set_initial_training_values(args, dataloader)
         if self._resumed_at is not None:
-            ended = self._resumed_at >= max_steps or (self.search is not None and stopped_early(self))
+            ended = self._resumed_at >= max_steps or (self.search is not None and self.search.stopped())
             epochs = 0 if ended else epochs
         return (epochs, *others, max_steps)
+
+    def _train_slim(self, ticket: StructuredTicket) -> None:
+        if self.model_init is not None or self.optimizer is not None:
+            raise ValueError(
+                "A structured ticket makes a new, smaller model, unknown to `model_init` and a ready-made optimizer. "
+                "Pass `model=slim(model, ticket)` yourself, and no `sparsity`."
+            )
+        self._structured_ticket = ticket
+        self.replace_model(cut_units(self.model, ticket.units))
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor | None:
         self._mask_gradients()
@@ -134,13 +174,13 @@ class SparseTrainer(Trainer):
         super()._save(output_dir, state_dict=state_dict)
         if self.args.should_save and self._sparsity_callback is not None:
             self._sparsity_callback.save_masks(Path(output_dir or self.args.output_dir))
+        if self.args.should_save and self.search is not None:
+            self.search.save_beside(Path(output_dir or self.args.output_dir))
 
     def log(self, logs: dict[str, float], *args: object, **kwargs: object) -> None:
         """Add the sparsity, and the round of a search, to every record."""
         if self._sparsity_callback is not None and self._sparsity_callback.keeper is not None:
             logs["sparsity"] = self._sparsity_callback.keeper.sparsity
-        elif self.search is not None and self.search.round:
-            logs["sparsity"] = self.search.sparsity  # of the dense round, which has no masks
-        if self.search is not None and self.search.round:
-            logs["round"] = self.search.round
+        if self.search is not None:
+            logs.update({name: value for name, value in self.search.log_entries().items() if name not in logs})
         super().log(logs, *args, **kwargs)

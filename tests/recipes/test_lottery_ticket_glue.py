@@ -53,7 +53,7 @@ def test_search_then_transfer_then_controls(run, places):
 def test_a_finished_search_is_not_overwritten_but_continued_on_request(run):
     again = ("--mode", "search", "--sparsity", "0.5", "--rounds", "1")
     first = run("again", *again)
-    with pytest.raises(FileExistsError, match="already holds a lottery ticket search"):
+    with pytest.raises(FileExistsError, match="already holds a search"):
         run("again", *again)
     assert run("again", *again, "--resume_from_checkpoint", "true")["eval_accuracy"] == first["eval_accuracy"]
 

@@ -7,14 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sparse_hf.tickets.configs import (
-    METHODS,
-    GradualPruningConfig,
-    LotteryTicketConfig,
-    StaticSparsityConfig,
-    config_from_dict,
-    config_to_dict,
-)
+from sparse_hf.tickets.config_json import METHODS, config_from_dict, config_to_dict
+from sparse_hf.tickets.configs import GradualPruningConfig, LotteryTicketConfig, StaticSparsityConfig
 
 
 CONFIGS = [
@@ -50,7 +44,7 @@ def test_replace_copies(config):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ({}, "Unknown sparsity method None. Choose one of: gradual_pruning, lottery_ticket, static_sparsity"),
+        ({}, "Unknown sparsity method None. Choose one of: early_bird, gradual_pruning, lottery_ticket, static_sparsity"),
         ({"method": "lottery"}, "Unknown sparsity method 'lottery'"),
         ({"method": {}}, "Unknown sparsity method {}"),
         ({"method": ["lottery_ticket"]}, "Unknown sparsity method"),

@@ -70,7 +70,7 @@ def test_checkpoints_that_cut_a_round_short(tmp_path):
 
 def test_a_folder_with_a_search_is_not_overwritten(tmp_path):
     search(tmp_path).train()
-    assert_refused(search(tmp_path), FileExistsError, "already holds a lottery ticket search")
+    assert_refused(search(tmp_path), FileExistsError, "already holds a search")
 
 
 def test_a_folder_with_another_run(tmp_path):

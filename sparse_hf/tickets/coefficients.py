@@ -1,0 +1,97 @@
+"""One learned coefficient per head and per neuron, while a search runs."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from sparse_hf.anatomy.canonical_names import unwrap
+from sparse_hf.anatomy.modeling_slim import UnitTable
+from sparse_hf.anatomy.units import Units, find_units
+from sparse_hf.tickets.early_bird_config import Ranking
+
+
+ATTRIBUTE = "sparse_hf_coefficients"
+
+
+class UnitCoefficients(nn.Module):
+    """Multiplies each head's part of the context vector, and each neuron's activation, by a coefficient, 1 at first.
+
+    That is done by hooks in front of the layers that read them (attention's output projection, the FFN's down
+    projection), so that fused attention keeps working; a coefficient of zero equals the unit cut out. EarlyBERT scales
+    the attention probabilities after dropout, which is the same function.
+
+    The coefficients are fp32 whatever the model's dtype is: a search moves them by some thousandths, which bf16 cannot
+    hold. They are parameters of the model, so that every Trainer strategy trains, reduces, saves and restores them.
+    """
+
+    def __init__(self, units: list[Units], device: torch.device | None = None) -> None:
+        super().__init__()
+        self.units = list(units)
+        self.values = nn.ParameterList(nn.Parameter(torch.ones(one.count, device=device)) for one in units)
+        self._hooks: list = []
+
+    @classmethod
+    def attach(cls, model: nn.Module, table: UnitTable | None = None) -> "UnitCoefficients":
+        """Add coefficients to `model`, in place; until `detach`, its state dict holds them too.
+
+        Raises:
+            ValueError: the model's family has no table of units, or coefficients are attached already.
+        """
+        inner = unwrap(model)
+        if hasattr(inner, ATTRIBUTE):
+            raise ValueError("The model has coefficients already. Detach them before a new search.")
+        units = find_units(inner, table)
+        coefficients = cls(units, inner.get_submodule(units[0].output).weight.device)
+        for one, value in zip(units, coefficients.values, strict=True):
+            hook = inner.get_submodule(one.output).register_forward_pre_hook(_multiplier(value, one.width))
+            coefficients._hooks.append(hook)
+        setattr(inner, ATTRIBUTE, coefficients)
+        return coefficients
+
+    def detach(self, model: nn.Module) -> None:
+        """Take the coefficients off `model` again; it computes what it did without them."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        delattr(unwrap(model), ATTRIBUTE)
+
+    def scores(self, ranking: Ranking = "signed") -> dict[str, Tensor]:
+        """The coefficients by unit key, on the CPU: as they are (the released rule), or their absolute values."""
+        values = {one.key: value.detach().cpu().clone() for one, value in zip(self.units, self.values, strict=True)}
+        return {key: value.abs() for key, value in values.items()} if ranking == "absolute" else values
+
+    @torch.no_grad()
+    def add_l1_gradient(self, strength: float) -> None:
+        """Add the gradient of `strength * Σ|c|` to each coefficient's; once per optimizer step, after clipping.
+
+        Raises:
+            RuntimeError: a coefficient has no gradient, so the model did not use it.
+        """
+        for one, value in zip(self.units, self.values, strict=True):
+            if value.grad is None:
+                raise RuntimeError(f"The coefficients of `{one.key}` got no gradient: the model does not use them.")
+            value.grad.add_(value.sign(), alpha=strength)
+
+
+@torch.no_grad()
+def fold_coefficients(model: nn.Module, values: Mapping[str, Tensor], table: UnitTable | None = None) -> None:
+    """Multiply coefficients (1-D, by unit key) into the weights that read the units, in place; computed in fp32."""
+    model = unwrap(model)
+    for one in find_units(model, table):
+        module = model.get_submodule(one.output)
+        scale = _spread(values[one.key].to(module.weight.device, torch.float32), one.width)
+        columns = scale if isinstance(module, nn.Linear) else scale[:, None]  # Conv1D is stored (in, out)
+        module.weight.copy_(module.weight.float() * columns)
+
+
+def _spread(value: Tensor, width: int) -> Tensor:
+    return value if width == 1 else value.repeat_interleave(width)
+
+
+def _multiplier(value: nn.Parameter, width: int) -> Callable:
+    def multiply(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        # Half-precision activations are multiplied in fp32, else a coefficient of 1.003 would be 1.
+        return ((args[0] * _spread(value, width)).to(args[0].dtype), *args[1:])
+
+    return multiply

@@ -1,0 +1,64 @@
+"""What would make an early-bird search wrong, found before any training?"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import PreTrainedModel
+
+from sparse_hf.anatomy.slim import check_stock_form
+from sparse_hf.anatomy.units import find_units, table_of
+from sparse_hf.tickets.draw_units import draw_units
+from sparse_hf.tickets.early_bird_config import EarlyBirdConfig, steps_of
+
+
+if TYPE_CHECKING:
+    from sparse_hf.training.trainer import SparseTrainer
+
+
+def check_before_early_bird(trainer: "SparseTrainer", config: EarlyBirdConfig) -> None:
+    """Everything that can be checked without training.
+
+    Raises:
+        TypeError: not a `PreTrainedModel`.
+        ValueError: an unsupported family or strategy, a budget that empties a layer, a stock form that cannot be, or a
+            draw that would never come.
+    """
+    model = trainer.model
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"Heads and neurons are cut from a `PreTrainedModel`, got {type(model).__name__}. Merge adapters first."
+        )
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        raise ValueError("An early-bird search cannot cut sharded parameters yet. Run it without DeepSpeed and FSDP.")
+    if trainer.args.enable_jit_checkpoint:
+        raise ValueError("A search goes on from its own checkpoints, got `enable_jit_checkpoint`. Switch it off.")
+    table = config.unit_table or table_of(model)
+    units = find_units(model, table)
+    if config.target_speedup is None:
+        # Any scores show whether the budget can be met.
+        masks = draw_units({one.key: torch.arange(one.count, dtype=torch.float32) for one in units}, config)
+        if config.uniform:
+            check_stock_form(model, masks, table)
+    _check_moments(trainer, config)
+
+
+def _check_moments(trainer: "SparseTrainer", config: EarlyBirdConfig) -> None:
+    values = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
+    epoch, total = values[1], values[-1]
+    if config.draw_at is not None:
+        if steps_of(config.draw_at, epoch) > total:
+            raise ValueError(
+                f"`draw_at` must lie inside the training of {total} steps ({epoch} per epoch), got {config.draw_at}."
+            )
+        return
+    every, earliest, longest = (
+        steps_of(moment, epoch) for moment in (config.check_every, config.earliest, config.longest)
+    )
+    longest = min(longest, total)
+    looks = longest // every - max(0, earliest - 1) // every
+    if looks < config.history:
+        raise ValueError(
+            f"A mask settles after `history` = {config.history} looks, got room for {max(0, looks)} between step "
+            f"{earliest} (`earliest`) and {longest} (`longest`) at every {every} steps. Lower `check_every`, raise "
+            "`longest`, or give `draw_at`."
+        )
