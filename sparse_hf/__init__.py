@@ -26,7 +26,7 @@ __all__ = [
     "slim",
 ]
 
-# Imported on first use.
+# Imported on first use, so that what a user does not need (matplotlib, typer) is not loaded.
 _HOMES = {
     "EarlyBirdConfig": "sparse_hf.tickets.early_bird_config",
     "GradualPruningConfig": "sparse_hf.tickets.configs",

@@ -1,13 +1,14 @@
 """Transformers models whose layers have fewer heads and neurons than a stock config could say.
 
 This file is self-contained: it is copied beside the weights of a slim model, so that
-`AutoModel....from_pretrained(folder, trust_remote_code=True)` works where sparse_hf is not installed. It needs torch and
-transformers only, and no fact about a family: the table of the model's units travels in its config, as data.
+`AutoModel....from_pretrained(folder, trust_remote_code=True)` works where sparse_hf is not installed. It needs torch
+and transformers only, and no fact about a family: the table of the model's units travels in its config, as data.
 
 `SlimBertForSequenceClassification` and its like are made on demand from the stock class: built by the stock code, then
 cut to the counts in `config.slim` before weights are loaded. Layers never load with silently fresh weights.
 
-`config.slim` is {"format": 1, "table": {...}, "kept": {"encoder.layer.0.heads": 8, "encoder.layer.0.neurons": 1840, ...}}.
+`config.slim` is {"format": 1, "table": {...}, "kept": {"encoder.layer.0.heads": 8, "encoder.layer.0.neurons": 1840,
+...}}.
 """
 
 import dataclasses
@@ -52,8 +53,8 @@ class UnitTable:
     stock_names: dict[str, str] = field(
         default_factory=dict,
         metadata={
-            "help": "What the stock config calls counts that all layers share: `heads`, `key_value_heads`, `head_size` "
-            "and `neurons`. Without the first and third it cannot say that heads are missing."
+            "help": "What the stock config calls counts that all layers share: `heads`, `key_value_heads`, "
+            "`head_size` and `neurons`. Without those of heads it cannot say that heads are missing."
         },
     )
 
@@ -223,7 +224,8 @@ def _submodule(module: nn.Module, path: str) -> nn.Module:
         return module.get_submodule(path)
     except AttributeError as error:
         raise ValueError(
-            f"The table of units does not fit the model: `{type(module).__name__}` has no `{path:.200}`. Correct the table."
+            f"The table of units must fit the model, but `{type(module).__name__}` has no `{path:.200}`. "
+            "Correct the table."
         ) from error
 
 
@@ -242,7 +244,7 @@ def _axis(module: nn.Module, side: str) -> int:
 
 
 def _spread(index: Tensor, count: int, size: int, parts: int, name: str) -> Tensor:
-    """The rows of a matrix with `size` rows that belong to the units `index` of `count`, in each of its fused parts."""
+    """The rows, of the `size` rows of a matrix, that belong to the units `index` of `count`, in each fused part."""
     if size % (count * parts):
         raise ValueError(f"`{name}` has {size} rows, which {parts} parts of {count} units do not divide.")
     in_range = len(index) > 0 and int(index.min()) >= 0 and int(index.max()) < count
@@ -297,7 +299,7 @@ def _register_models(config_class: type[PreTrainedConfig], model_type: str) -> N
 def slim_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The class of slim models of a stock model class."""
     name = f"Slim{base.__name__}"
-    if name in globals():
+    if name in globals() and globals()[name].__bases__ == (base,):  # a user's class may be called like a stock one
         return globals()[name]
     model_type = base.config_class.model_type
 
@@ -305,20 +307,28 @@ def slim_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
         base.__init__(self, config, *args, **kwargs)
         _shrink_to_config(self, config)
 
+    def from_pretrained(
+        cls: type[PreTrainedModel], *args: object, output_loading_info: bool = False, **kwargs: object
+    ) -> PreTrainedModel | tuple[PreTrainedModel, dict]:
+        """The stock method, but what the checkpoint does not fill of the base model is an error, not fresh weights."""
+        model, info = super(made, cls).from_pretrained(*args, output_loading_info=True, **kwargs)
+        _require_filled(model, info)
+        return (model, info) if output_loading_info else model
+
     members = {
         "__init__": __init__,
         "__module__": __name__,
         "__doc__": f"A {base.__name__} with fewer heads and neurons per layer, as `config.slim` says.",
         "__signature__": inspect.signature(base.__init__),
         "config_class": slim_config_class(model_type),
-        "from_pretrained": classmethod(_from_pretrained),
+        "from_pretrained": classmethod(from_pretrained),
         # Both are guessed from the source text of the class's file, which is this one.
         "_can_set_attn_implementation": classmethod(lambda cls: base._can_set_attn_implementation()),
         "_can_set_experts_implementation": classmethod(lambda cls: base._can_set_experts_implementation()),
         "_auto_class": next((auto for auto, stock in auto_classes(model_type).items() if stock is base), "AutoModel"),
     }
-    globals()[name] = type(name, (base,), members)
-    return globals()[name]
+    made = globals()[name] = type(name, (base,), members)
+    return made
 
 
 def _shrink_to_config(model: PreTrainedModel, config: PreTrainedConfig) -> None:
@@ -342,21 +352,17 @@ def _shrink_to_config(model: PreTrainedModel, config: PreTrainedConfig) -> None:
     config.slim = slim
 
 
-def _from_pretrained(
-    cls: type[PreTrainedModel], *args: object, output_loading_info: bool = False, **kwargs: object
-) -> PreTrainedModel | tuple[PreTrainedModel, dict]:
-    """The stock method, but layers that the checkpoint does not fill are an error instead of fresh weights."""
-    model, info = super(cls, cls).from_pretrained(*args, output_loading_info=True, **kwargs)
-    prefix, _ = base_of(model)
-    layers = f"{prefix}{model.config.slim['table']['layers']}."
+def _require_filled(model: PreTrainedModel, info: dict) -> None:
+    """Raise ValueError if weights of the base model are fresh; a head is new under another task, a pooler may be."""
+    # Where the base model is not a module of its own, its layers are known from the head.
+    prefix = base_of(model)[0] or f"{model.config.slim['table']['layers']}."
     missing = [*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])]
-    fresh = sorted(name for name in missing if name.startswith(layers))
+    fresh = sorted(name for name in missing if name.startswith(prefix) and not name.startswith(f"{prefix}pooler."))
     if fresh:
         raise ValueError(
-            f"The checkpoint must hold every weight of the layers in the sizes its config tells, but `{fresh[0]}` "
-            f"({len(fresh)} in all) is missing or has another shape. It is damaged, or its config belongs to another."
+            "The checkpoint must hold every weight of the base model in the size that its config tells, but "
+            f"`{fresh[0]}` ({len(fresh)} in all) is missing or has another shape. It or its config is damaged."
         )
-    return (model, info) if output_loading_info else model
 
 
 def auto_classes(model_type: str) -> dict[str, type[PreTrainedModel]]:

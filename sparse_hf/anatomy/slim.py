@@ -185,7 +185,7 @@ def _stock_counts(
 
 @torch.no_grad()
 def _fill(smaller: PreTrainedModel, model: PreTrainedModel, slices: Mapping[str, object]) -> None:
-    """Give `smaller` copies of the parts of `model`'s tensors, in their dtypes and on their devices; ties stay ties."""
+    """Give `smaller` copies of the parts of `model`'s tensors, with their dtypes and devices; ties stay ties."""
     sources = dict(model.named_parameters(remove_duplicate=False))
     made: dict[tuple, nn.Parameter] = {}
     for name, _ in list(smaller.named_parameters(remove_duplicate=False)):
@@ -193,8 +193,8 @@ def _fill(smaller: PreTrainedModel, model: PreTrainedModel, slices: Mapping[str,
         source = sources.get(name if part is None else part.source)
         if source is None:
             raise ValueError(
-                f"`{type(model).__name__}` must have the parameters of its class, but `{name}` is wrapped, quantised or "
-                "parametrised. Merge adapters and remove parametrisations first."
+                f"`{type(model).__name__}` must have the parameters of its class, but `{name}` is wrapped, quantised "
+                "or parametrised. Merge adapters and remove parametrisations first."
             )
         known = (id(source), None if part is None else id(part.index))
         if known not in made:

@@ -14,8 +14,8 @@ from sparse_hf.anatomy.unit_families import UNIT_TABLES
 class Units:
     """The heads, or the neurons, of one layer.
 
-    `key` is the layer's path from the base model and the kind: `encoder.layer.0.heads`. `output` is the full name of the
-    linear layer that reads them: unit i is its inputs `i * width` to `(i + 1) * width`.
+    `key` is the layer's path from the base model and the kind: `encoder.layer.0.heads`. `output` is the full name of
+    the linear layer that reads them: unit i is its inputs `i * width` to `(i + 1) * width`.
     """
 
     key: str
@@ -32,8 +32,8 @@ class Units:
 def find_units(model: nn.Module, table: UnitTable | None = None) -> list[Units]:
     """The heads and neurons of every layer, in model order, heads first.
 
-    With grouped-query attention a head is a whole group: one key/value head with the query heads that share it, so that
-    the number of query heads per key/value head stays what the config says.
+    With grouped-query attention a head is a whole group: one key/value head with the query heads that share it, so
+    that the number of query heads per key/value head stays what the config says.
 
     Args:
         table: of a family that is not supported, or that deviates.

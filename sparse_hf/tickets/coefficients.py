@@ -12,6 +12,7 @@ from sparse_hf.tickets.early_bird_config import Ranking
 
 
 ATTRIBUTE = "sparse_hf_coefficients"
+PART = 1 << 18  # numbers of which a CPU's cache holds a few times as many bytes
 
 
 class UnitCoefficients(nn.Module):
@@ -82,7 +83,7 @@ def fold_coefficients(model: nn.Module, values: Mapping[str, Tensor], table: Uni
         module = model.get_submodule(one.output)
         scale = _spread(values[one.key].to(module.weight.device, torch.float32), one.width)
         columns = scale if isinstance(module, nn.Linear) else scale[:, None]  # Conv1D is stored (in, out)
-        module.weight.copy_(module.weight.float() * columns)
+        module.weight.copy_(module.weight * columns)  # half precision times fp32 is fp32
 
 
 def _spread(value: Tensor, width: int) -> Tensor:
@@ -91,7 +92,31 @@ def _spread(value: Tensor, width: int) -> Tensor:
 
 def _multiplier(value: nn.Parameter, width: int) -> Callable:
     def multiply(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        # Half-precision activations are multiplied in fp32, else a coefficient of 1.003 would be 1.
-        return ((args[0] * _spread(value, width)).to(args[0].dtype), *args[1:])
+        scaled = _scale if torch.compiler.is_compiling() else _Scale.apply  # a compiler fuses the passes itself
+        return (scaled(args[0], _spread(value, width)), *args[1:])
 
     return multiply
+
+
+def _scale(values: Tensor, scale: Tensor) -> Tensor:
+    # Half-precision activations are multiplied in fp32, else a coefficient of 1.003 would be 1.
+    return (values * scale).to(values.dtype)
+
+
+class _Scale(torch.autograd.Function):
+    """`_scale`, whose gradient takes half the time on a CPU: no product as large as the activations is stored."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, values: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(values, scale)
+        return _scale(values, scale)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        values, scale = ctx.saved_tensors
+        dtype = torch.promote_types(values.dtype, scale.dtype)
+        rows, other = gradient.reshape(-1, len(scale)), values.reshape(-1, len(scale))
+        part = max(1, PART // len(scale) if rows.device.type == "cpu" else len(rows))
+        products = zip(rows.split(part), other.split(part), strict=True)
+        total = sum((one.to(dtype) * two).sum(0) for one, two in products)
+        return _scale(gradient, scale), total.to(scale.dtype)

@@ -7,7 +7,7 @@ from typing import get_args
 def check_sparsity(name: str, value: float) -> None:
     """Raise ValueError unless `value` is a fraction in [0, 1)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise ValueError(f"`{name}` must be in [0, 1), got {value!r}. It is a fraction of the prunable weights.")
+        raise ValueError(f"`{name}` must be in [0, 1), got {value!r}. It is a fraction: 0.4 is 40 %.")
 
 
 def check_choice(name: str, value: str, choices: object) -> None:

@@ -18,6 +18,8 @@ def draw_units(
 ) -> dict[str, Tensor]:
     """The masks of the units that stay, by key.
 
+    Under a `target_speedup` a unit is worth its score over the least one of its kind; see `choose_unit_counts`.
+
     Args:
         scores: 1-D, higher = more important, by unit key.
         latency: of the model, for a `target_speedup`.
@@ -26,7 +28,8 @@ def draw_units(
         ValueError: the budget would empty a layer, or the speed-up cannot be reached.
     """
     if config.target_speedup is not None:
-        counts = choose_unit_counts(dict(scores), latency, config.target_speedup, config.neuron_multiple)
+        worth = _above_least(scores)
+        counts = choose_unit_counts(worth, latency, config.target_speedup, config.neuron_multiple)
         masks = keep_counts(list(scores.values()), [counts[key] for key in scores])
         return dict(zip(scores, masks, strict=True))
     masks = {}
@@ -35,6 +38,13 @@ def draw_units(
         chosen = select_units([scores[key] for key in keys], fraction, scope, multiple)
         masks.update(zip(keys, chosen, strict=True))
     return {key: masks[key] for key in scores}
+
+
+def _above_least(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Scores over the least one of their kind: coefficients end near 1, and what tells units apart is the rest."""
+    kinds = {key: key.rpartition(".")[2] for key in scores}
+    least = {kind: min(float(scores[key].min()) for key in scores if kinds[key] == kind) for kind in kinds.values()}
+    return {key: score - least[kinds[key]] for key, score in scores.items()}
 
 
 def is_tied(scores: Mapping[str, Tensor], masks: Mapping[str, Tensor], config: EarlyBirdConfig) -> bool:

@@ -108,7 +108,7 @@ class EarlyBirdConfig:
         if type(self.history) is not int or self.history < 2:
             raise ValueError(f"`history` must be a number of masks, 2 or more, got {self.history!r}.")
         check_sparsity("threshold", self.threshold)
-        if isinstance(self.unit_table, dict):
+        if self.unit_table is not None and not isinstance(self.unit_table, UnitTable):
             object.__setattr__(self, "unit_table", table_from_dict(self.unit_table))
         if self.uniform:
             object.__setattr__(self, "head_scope", "layer")

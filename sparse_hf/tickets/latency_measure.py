@@ -43,10 +43,10 @@ def measure_latency(
     all neurons add comes from these three, the layers say how it is spread over the counts: inside a model caches are
     colder than around one layer.
 
-    All points take turns until the time is up. The fastest time of a layer counts, as other processes only ever add;
-    of a whole model, which is too long to run undisturbed on a busy machine, it is the median. No larger count may
-    look cheaper than a smaller one: the closest non-decreasing numbers are taken. The optimizer is not timed. For
-    mixed precision call this inside `torch.autocast`.
+    All points take turns until the time is up, and the median of each counts. With one CPU thread it is CPU time,
+    which other processes do not prolong as they do wall time; otherwise wall time. No larger count may look cheaper
+    than a smaller one: the closest non-decreasing numbers are taken. The optimizer is not timed. For mixed precision
+    call this inside `torch.autocast`.
 
     The model is as before: weights, gradients, modes, and the global random state. Call it before coefficients are
     hooked into the model. Needs the memory of one step and of about another model.
@@ -87,7 +87,7 @@ def measure_latency(
         models = (cut_model(model, table, smallest), cut_model(model, table, neurons.count), model)
         for size, sized in zip(SIZES, models, strict=True):
             steps["model", size] = step_of(sized, (), inputs, what)
-        times = _times(steps, end, device)
+        times = _median_seconds(steps, end, device)
     seen = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
     where = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
     return LatencyTable(
@@ -117,12 +117,12 @@ def non_decreasing(values: Sequence[float]) -> list[float]:
 
 
 def _columns(
-    times: Mapping[Point, list[float]], head_counts: list[int], neuron_counts: list[int], layers: int
+    times: Mapping[Point, float], head_counts: list[int], neuron_counts: list[int], layers: int
 ) -> dict[str, object]:
-    """The seconds of a table from all times: see `measure_latency`."""
-    smallest, one_head, dense = non_decreasing([statistics.median(times["model", size]) for size in SIZES])
-    heads = non_decreasing([min(times["heads", count]) for count in head_counts])
-    neurons = non_decreasing([min(times["neurons", count]) for count in neuron_counts])
+    """The seconds of a table from those of all points: see `measure_latency`."""
+    smallest, one_head, dense = non_decreasing([times["model", size] for size in SIZES])
+    heads = non_decreasing([times["heads", count] for count in head_counts])
+    neurons = non_decreasing([times["neurons", count] for count in neuron_counts])
     # Only sums mean something, so it does not matter that this was measured outside the model.
     rest = min(heads[0], neurons[0], smallest / layers) / 2
     heads = [rest + rise for rise in _rises(heads, (dense - one_head) / layers)]
@@ -142,29 +142,30 @@ def _rises(values: Sequence[float], last: float) -> list[float]:
     return [last * (value - values[0]) / whole if whole else 0.0 for value in values]
 
 
-def _times(steps: Mapping[Point, Callable[[], None]], end: float, device: torch.device) -> dict[Point, list[float]]:
-    """Seconds of each step, over and over; they take turns, so that a slow moment of the machine is shared by all."""
+def _median_seconds(steps: Mapping[Point, Callable[[], None]], end: float, device: torch.device) -> dict[Point, float]:
+    """Run all steps over and over until `end`; they take turns, so that a slow moment of the machine is shared."""
     for step in steps.values():
-        _timed(step, device)  # the first call allocates
+        step()  # the first call allocates
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.thread_time if alone else time.perf_counter
     times: dict[Point, list[float]] = {point: [] for point in steps}
-    begin = time.perf_counter()
+    round_begin = time.perf_counter()
     while True:
         for point, step in steps.items():
-            times[point].append(_timed(step, device))
+            _finish(device)
+            begin = clock()
+            step()
+            _finish(device)
+            times[point].append(clock() - begin)
         now = time.perf_counter()
-        begin, round_seconds = now, now - begin
+        round_begin, round_seconds = now, now - round_begin
         if now + round_seconds > end:
-            return times
+            return {point: statistics.median(several) for point, several in times.items()}
 
 
-def _timed(step: Callable[[], None], device: torch.device) -> float:
+def _finish(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    begin = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - begin
 
 
 def _spread_counts(count: int, block: int, most: int) -> list[int]:

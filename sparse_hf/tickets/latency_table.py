@@ -116,7 +116,9 @@ def choose_unit_counts(
     A layer that keeps c units keeps its c highest scores. Their worth is the sum of these scores divided by the sum of
     all scores of that kind in the model, so that all heads together weigh as much as all neurons together, however
     many there are; negative scores count as 0. Scores are not shifted: where coefficients have hardly moved from 1,
-    all units are worth nearly the same and the choice keeps as large a part of the heads and of the neurons as fits.
+    all units are worth nearly the same, and the choice keeps the kind that is cheaper nearly whole and empties the
+    other to its smallest. To weigh differences, subtract the score of a worthless unit, as the lowest of its kind.
+
     The multiple-choice knapsack problem is solved by dynamic programming, see `choose_counts`. EarlyBERT has no such
     target; it prunes a fraction of the heads per layer and one of the neurons globally.
 

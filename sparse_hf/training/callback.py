@@ -20,6 +20,7 @@ from sparse_hf.storage.durable import write_json
 from sparse_hf.storage.mask_file import MASKS_FILE, save_bits
 from sparse_hf.tickets.config_json import SparsityConfig, config_to_dict
 from sparse_hf.tickets.configs import GradualPruningConfig, LotteryTicketConfig, StaticSparsityConfig
+from sparse_hf.tickets.early_bird_config import EarlyBirdConfig
 from sparse_hf.tickets.origin import TicketOrigin, origin_of
 from sparse_hf.tickets.ticket import DESCRIPTION_FILE, Ticket
 from sparse_hf.training.first_masks import draw_at, masks_of_ticket, static_masks
@@ -44,11 +45,12 @@ class SparsityCallback(TrainerCallback):
                 `<output_dir>/checkpoint-<step>`.
 
         Raises:
-            TypeError: not one of these; a lottery ticket search needs `SparseTrainer`, because it trains many times.
+            TypeError: not one of these; a search needs `SparseTrainer`, because it trains more than once.
         """
-        if isinstance(sparsity, LotteryTicketConfig):
+        if isinstance(sparsity, (LotteryTicketConfig, EarlyBirdConfig)):
             raise TypeError(
-                "A `LotteryTicketConfig` trains many times; a callback cannot: use `SparseTrainer(sparsity=...)`."
+                f"A search by `{type(sparsity).__name__}` trains more than once; a callback cannot: use "
+                "`SparseTrainer(sparsity=...)`."
             )
         if not isinstance(sparsity, (StaticSparsityConfig, GradualPruningConfig, Ticket)):
             raise TypeError(

@@ -7,25 +7,33 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from sparse_hf.storage.checked_json import read_json
 
-def last_complete_checkpoint(folder: Path) -> Path | None:
-    """The newest `checkpoint-N` in `folder` that was written to its end; one cut off by a kill is passed over."""
+
+def last_complete_checkpoint(folder: Path, needed: str | None = None) -> Path | None:
+    """The newest `checkpoint-N` in `folder` that was written to its end; one cut off by a kill is passed over.
+
+    Args:
+        needed: name of a JSON file that belongs to it beside the Trainer's own files.
+    """
     numbered = []
     if folder.is_dir():
         for entry in folder.iterdir():
             match = re.fullmatch(r"checkpoint-(\d+)", entry.name)
             if match and entry.is_dir():
                 numbered.append((int(match.group(1)), entry))
-    return next((entry for _, entry in sorted(numbered, reverse=True) if is_complete(entry)), None)
+    return next((entry for _, entry in sorted(numbered, reverse=True) if is_complete(entry, needed)), None)
 
 
-def is_complete(checkpoint: Path) -> bool:
+def is_complete(checkpoint: Path, needed: str | None = None) -> bool:
     """Whether a Trainer checkpoint can be continued bit for bit: nothing of it is missing or cut off.
 
     `trainer_state.json` is its last file. A checkpoint without optimizer and random states (`save_only_model`) is not.
     """
     try:
         steps_in_checkpoint(checkpoint)
+        if needed is not None:
+            read_json(checkpoint / needed)
         for file in checkpoint.glob("*.safetensors"):
             with safe_open(file, framework="pt"):
                 pass

@@ -1,5 +1,6 @@
 """What would make an early-bird search wrong, found before any training?"""
 
+import copy
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,8 +21,8 @@ def check_before_early_bird(trainer: "SparseTrainer", config: EarlyBirdConfig) -
 
     Raises:
         TypeError: not a `PreTrainedModel`.
-        ValueError: an unsupported family or strategy, a budget that empties a layer, a stock form that cannot be, or a
-            draw that would never come.
+        ValueError: an unsupported family or strategy, wrapped weights, a budget that empties a layer, a stock form that
+            cannot be, or a draw that would never come.
     """
     model = trainer.model
     if not isinstance(model, PreTrainedModel):
@@ -32,6 +33,7 @@ def check_before_early_bird(trainer: "SparseTrainer", config: EarlyBirdConfig) -
         raise ValueError("An early-bird search cannot cut sharded parameters yet. Run it without DeepSpeed and FSDP.")
     if trainer.args.enable_jit_checkpoint:
         raise ValueError("A search goes on from its own checkpoints, got `enable_jit_checkpoint`. Switch it off.")
+    _check_parameters(model)
     table = config.unit_table or table_of(model)
     units = find_units(model, table)
     if config.target_speedup is None:
@@ -40,6 +42,19 @@ def check_before_early_bird(trainer: "SparseTrainer", config: EarlyBirdConfig) -
         if config.uniform:
             check_stock_form(model, masks, table)
     _check_moments(trainer, config)
+
+
+def _check_parameters(model: PreTrainedModel) -> None:
+    """The smaller model is of the same class: what adapters or parametrisations did to a weight would not fit it."""
+    with torch.device("meta"):
+        plain = type(model)(copy.deepcopy(model.config))
+    found = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    missing = [name for name, _ in plain.named_parameters(remove_duplicate=False) if name not in found]
+    if missing:
+        raise ValueError(
+            f"`{type(model).__name__}` must have the parameters of its class, but `{missing[0]}` is wrapped, quantised or "
+            "parametrised. Merge adapters and remove parametrisations first."
+        )
 
 
 def _check_moments(trainer: "SparseTrainer", config: EarlyBirdConfig) -> None:

@@ -48,6 +48,7 @@ class EarlyBirdDetector(TrainerCallback):
         self.checks: list[tuple[int, dict[str, Tensor]]] = []
         self.drawn_at: int | None = None
         self.settled = False
+        self._tied = False  # the scores of the last look
 
     @property
     def mask_distance(self) -> float | None:
@@ -71,27 +72,37 @@ class EarlyBirdDetector(TrainerCallback):
         last = step >= min(self._fixed or self._longest, state.max_steps)
         if step % self._every and not last:
             return
-        tied = self._look(step)
+        self._look(step)
         self.settled = self._fixed is None and self._history.settled
         if self.settled or last:
             self.drawn_at = step
             control.should_training_stop = True
-            self._say_how(step, tied)
+            self._say_how(step)
 
-    def _look(self, step: int) -> bool:
-        """Draw the would-be mask and remember it; whether scores were tied at its cut."""
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Draw now if something else ended the training."""
+        step = state.global_step
+        if self.drawn_at is None:
+            if not self.checks or self.checks[-1][0] < step:
+                self._look(step)
+            self.drawn_at = step
+            self._say_how(step)
+
+    def _look(self, step: int) -> None:
+        """Draw the would-be mask and remember it, and whether scores were tied at its cut."""
         scores = self._coefficients.scores(self._config.ranking)
         masks = draw_units(scores, self._config, self._latency)
-        tied = is_tied(scores, masks, self._config)
+        self._tied = is_tied(scores, masks, self._config)
         self.checks.append((step, masks))
-        if tied:
+        if self._tied:
             self._history.clear()
         elif step >= self._earliest:
             self._history.add(step, masks)
-        return tied
 
-    def _say_how(self, step: int, tied: bool) -> None:
-        if tied:
+    def _say_how(self, step: int) -> None:
+        if self._tied:
             logger.warning(
                 "The ticket was drawn at step %d on tied coefficients, so the order of units decided. Draw later.",
                 step,

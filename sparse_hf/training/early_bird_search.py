@@ -37,7 +37,7 @@ from sparse_hf.tickets.structured_ticket import StructuredTicket
 from sparse_hf.tickets.ticket_folder import DESCRIPTION_FILE
 from sparse_hf.training.checkpoints import last_complete_checkpoint
 from sparse_hf.training.early_bird_checks import check_before_early_bird
-from sparse_hf.training.early_bird_detector import EarlyBirdDetector
+from sparse_hf.training.early_bird_detector import CHECKS_FILE, EarlyBirdDetector
 from sparse_hf.training.for_one_training import (
     forget_tensorboard_folder,
     with_arguments,
@@ -81,6 +81,7 @@ class EarlyBirdSearch:
         self._detector: EarlyBirdDetector | None = None
         self._ticket: StructuredTicket | None = None
         self._pristine: dict[str, dict] = {}
+        self._cut_already = False
 
     @property
     def ticket(self) -> StructuredTicket:
@@ -127,6 +128,11 @@ class EarlyBirdSearch:
             raise ValueError(
                 f"A search is resumed by `resume_from_checkpoint=True` with its `output_dir`, got {resume!r}."
             )
+        if self._cut_already:
+            raise ValueError(
+                f"A search begins with a whole model, but this trainer's is cut already ({type(trainer.model).__name__}"
+                "). Make a new trainer with the whole model, to resume the search or for another `output_dir`."
+            )
         self._folder = Path(trainer.args.output_dir)
         check_before_early_bird(trainer, self.config)
         journal = open_journal(self._folder, config_to_dict(self.config), bool(resume))
@@ -169,10 +175,17 @@ class EarlyBirdSearch:
         rate = self.config.coefficient_learning_rate
         optimizer.add_param_group({"params": values, "weight_decay": 0.0} | ({} if rate is None else {"lr": rate}))
         coefficients, strength = self._coefficients, self.config.l1
+
+        def add_l1_gradient(optimizer: torch.optim.Optimizer, *_: object) -> None:
+            # Under a gradient scaler, a fused optimizer divides gradients that were not clipped by `grad_scale` itself.
+            scale = getattr(optimizer, "grad_scale", None)
+            coefficients.add_l1_gradient(strength if scale is None else strength * float(scale))
+
         if strength:
-            optimizer.register_step_pre_hook(lambda *_: coefficients.add_l1_gradient(strength))
+            optimizer.register_step_pre_hook(add_l1_gradient)
 
     def _begin(self, journal: SearchJournal) -> None:
+        self.trainer.accelerator.wait_for_everyone()  # until every rank has seen the folder as it was
         if self.trainer.args.should_save and not journal.rounds and not (self._folder / "search.json").is_file():
             save_snapshot(self.trainer.model, self._start)
             journal.save()
@@ -186,7 +199,7 @@ class EarlyBirdSearch:
         epoch = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[1]
         self._coefficients = UnitCoefficients.attach(trainer.model, config.unit_table)
         self._detector = EarlyBirdDetector(self._coefficients, config, epoch, latency)
-        checkpoint = last_complete_checkpoint(self._folder / "search")
+        checkpoint = last_complete_checkpoint(self._folder / "search", needed=CHECKS_FILE)
         if checkpoint is not None:
             self._detector.restore(checkpoint)
         self.stage = 1
@@ -256,11 +269,14 @@ class EarlyBirdSearch:
         trainer, config = self.trainer, self.config
         with self._timed("draw"):
             restore_snapshot(trainer.model, self._start)
+            units = self.ticket.units
+            smaller = cut_units(trainer.model, units, config.unit_table, config.uniform)
             if config.coefficients == "fold":
-                fold_coefficients(
-                    trainer.model, load_file(self._folder / "coefficients.safetensors"), config.unit_table
-                )
-            trainer.replace_model(cut_units(trainer.model, self.ticket.units, config.unit_table, config.uniform))
+                values = load_file(self._folder / "coefficients.safetensors")
+                kept = {key: values[key][mask] for key, mask in units.items()}
+                fold_coefficients(smaller, kept, config.unit_table)
+            trainer.replace_model(smaller)
+            self._cut_already = True
 
     def _train(self, journal: SearchJournal, timer: StepTimer) -> TrainOutput:
         """Stage 3: train the smaller model with the user's arguments."""
@@ -286,11 +302,13 @@ class EarlyBirdSearch:
         """Seconds of each stage, and what they saved of the same training of the whole model.
 
         The whole model's time is not measured: its steps are taken to last as long as those of the search, which have
-        the coefficients (some percent) in them.
+        the coefficients (some percent) in them. Of a search or training that was resumed, the beginning was not timed,
+        and nothing is said about what was saved.
         """
         report = {f"early_bird_{name}_seconds": seconds for name, seconds in self.seconds.items()}
         report["early_bird_drawn_at"] = self.drawn_at
-        if searched.steps and trained.steps:
+        timed_whole = searched.steps == self.drawn_at and trained.steps == self.trainer.state.global_step
+        if timed_whole and trained.steps:
             whole, small = searched.seconds / searched.steps, trained.seconds / trained.steps
             dense = self.seconds["training"] + trained.steps * (whole - small)
             report["early_bird_step_ratio"] = small / whole

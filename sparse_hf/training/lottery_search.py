@@ -155,6 +155,7 @@ class LotterySearch:
 
     def _begin(self, journal: SearchJournal) -> None:
         with self._timed("saving"):
+            self.trainer.accelerator.wait_for_everyone()  # until every rank has seen the folder as it was
             if self.trainer.args.should_save and not journal.rounds and not (self._folder / "search.json").is_file():
                 save_snapshot(self.trainer.model, self._start)
                 journal.save()

@@ -38,7 +38,8 @@ def open_journal(folder: Path, config: dict, resume: bool) -> SearchJournal:
     """
     path = folder / SEARCH_FILE
     if not path.is_file():
-        others = sorted(entry.name for pattern in ("checkpoint-*", "round-*") for entry in folder.glob(pattern))
+        patterns = ("checkpoint-*", "round-*", "search/checkpoint-*")
+        others = sorted(str(entry.relative_to(folder)) for pattern in patterns for entry in folder.glob(pattern))
         if others:
             raise FileExistsError(
                 f"`{folder}` holds another run ({others[0]}), which a search would mix with its own. "
@@ -54,7 +55,7 @@ def open_journal(folder: Path, config: dict, resume: bool) -> SearchJournal:
     stored = content.get("config", {})
     differing = sorted(name for name in config.keys() | stored.keys() if config.get(name) != stored.get(name))
     if differing:
-        name = differing[0]
+        name = "method" if "method" in differing else differing[0]
         raise ValueError(
             f"The search in `{folder}` was started with {name}={stored.get(name)!r}, got {config.get(name)!r}. "
             "Resume with the same config, or choose another `output_dir`."

@@ -151,7 +151,7 @@ def test_counts_that_disagree_with_the_tensors_are_refused(folder, key):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(RuntimeError, match="mismatched"):
         AutoModel.from_pretrained(folder)
-    with pytest.raises(ValueError, match="The checkpoint must hold every weight of the layers"):
+    with pytest.raises(ValueError, match="The checkpoint must hold every weight of the base model"):
         AutoModel.from_pretrained(folder, ignore_mismatched_sizes=True)
 
 

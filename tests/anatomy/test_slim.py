@@ -133,6 +133,22 @@ def test_sizes_beside_the_weights_are_told():
                 assert (module.nx, module.nf) == tuple(module.weight.shape)
 
 
+@pytest.mark.parametrize(
+    ("variant", "path", "counts"),
+    [
+        ("bert", "bert.encoder.layer.{}.attention.self", {"num_attention_heads": (1, 3), "all_head_size": (8, 24)}),
+        ("distilbert", "distilbert.transformer.layer.{}.attention", {"n_heads": (1, 3)}),
+        ("vit", "vit.layers.{}.attention", {"num_attention_heads": (1, 3)}),
+        ("gpt2", "transformer.h.{}.attn", {"num_heads": (1, 3), "split_size": (8, 24), "head_dim": (8, 8)}),
+        ("t5", "encoder.block.{}.layer.0.SelfAttention", {"n_heads": (1, 3), "inner_dim": (8, 24)}),
+    ],
+)
+def test_modules_that_say_their_number_of_heads_say_the_new_one(variant, path, counts):
+    smaller = cut_units(model := tiny_variant(variant), ragged_masks(model))
+    modules = [smaller.get_submodule(path.format(number)) for number in (0, 1)]
+    assert {name: tuple(getattr(module, name) for module in modules) for name in counts} == counts
+
+
 def test_frozen_dtype_and_mode_are_kept():
     model = tiny_variant("bert").to(torch.bfloat16).train()
     model.bert.embeddings.requires_grad_(False)

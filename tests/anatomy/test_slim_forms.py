@@ -132,6 +132,14 @@ def test_adapters_are_to_be_merged_first(target, message):
     assert type(cut_units(adapted.merge_and_unload(), masks)).__name__ == "SlimBertModel"
 
 
+def test_a_users_class_is_not_taken_for_the_stock_one_of_its_name():
+    smaller = cut_units(stock := tiny_model("bert"), ragged_masks(stock))
+    own_class = type("BertModel", (BertModel,), {})
+    own = cut_units(model := own_class(stock.config), ragged_masks(model))
+    assert isinstance(own, own_class)
+    assert not isinstance(smaller, own_class)
+
+
 def test_a_wrapped_model_is_cut_without_its_wrapper():
     model = tiny_model("bert")
     smaller = cut_units(nn.DataParallel(model), ragged_masks(model))

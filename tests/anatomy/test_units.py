@@ -69,7 +69,7 @@ def test_neurons_may_be_wider_than_usual():
     assert find_units(tiny_model("gpt2", n_inner=48))[1].count == 48
 
 
-@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile, lambda model: nn.DataParallel(torch.compile(model))])
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: nn.DataParallel(torch.compile(model))])
 def test_wrappers_do_not_show(wrap):
     model = tiny_variant("bert")
     assert find_units(wrap(model)) == find_units(model)

@@ -9,6 +9,7 @@ import pytest
 
 from sparse_hf.tickets.config_json import METHODS, config_from_dict, config_to_dict
 from sparse_hf.tickets.configs import GradualPruningConfig, LotteryTicketConfig, StaticSparsityConfig
+from sparse_hf.tickets.early_bird_config import EarlyBirdConfig
 
 
 CONFIGS = [
@@ -18,7 +19,11 @@ CONFIGS = [
     GradualPruningConfig(initial_sparsity=0.1, start_step=5, end_step=10, exclude=("a",)),
     StaticSparsityConfig(ticket="me/ticket", check_base=False, include="x"),
     StaticSparsityConfig(sparsity=0.5, score="random", budget="erdos_renyi", seed=9),
+    EarlyBirdConfig(),
+    EarlyBirdConfig(target_speedup=2, draw_at=0.2, coefficients="fold", history=3, coefficient_learning_rate=0.01),
 ]
+
+CHANGES = {kind: {"l1": 0.5} if kind is EarlyBirdConfig else {"seed": 77} for kind in METHODS.values()}
 
 
 @pytest.mark.parametrize("kind", METHODS.values())
@@ -37,14 +42,17 @@ def test_json_round_trip(config):
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_replace_copies(config):
-    assert dataclasses.replace(config, seed=77) == dataclasses.replace(config, seed=77)
+    assert dataclasses.replace(config, **CHANGES[type(config)]) != config
     assert dataclasses.replace(config) == config
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ({}, "Unknown sparsity method None. Choose one of: early_bird, gradual_pruning, lottery_ticket, static_sparsity"),
+        (
+            {},
+            "Unknown sparsity method None. Choose one of: early_bird, gradual_pruning, lottery_ticket",
+        ),
         ({"method": "lottery"}, "Unknown sparsity method 'lottery'"),
         ({"method": {}}, "Unknown sparsity method {}"),
         ({"method": ["lottery_ticket"]}, "Unknown sparsity method"),

@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from sparse_hf.tickets.early_bird_config import EarlyBirdConfig
 from sparse_hf.tickets.origin import TicketOrigin
 from sparse_hf.tickets.structured_ticket import StructuredTicket
+from tiny_models import tiny_model
+from tiny_slim import OPT_TABLE
 
 
 ORIGIN = TicketOrigin(method="early_bird")
@@ -92,3 +95,67 @@ def test_masks_changed_afterwards_do_not_change_the_ticket():
     made = StructuredTicket({"a.heads": mask})
     mask.fill_(False)
     assert made.counts() == {"a.heads": 2}
+
+
+def test_from_model_keeps_the_units_of_the_largest_weights():
+    model = tiny_model("bert")
+    with torch.no_grad():  # head 2 of 4 and the last 16 of 64 neurons of the first layer are to go
+        layer = model.encoder.layer[0]
+        layer.attention.self.query.weight[16:24] = 0
+        layer.intermediate.dense.weight[48:] = 0
+        layer.output.dense.weight[:, 48:] = 0
+    config = EarlyBirdConfig(heads=0.25, neurons=0.125)
+    drawn = StructuredTicket.from_model(model, config)
+    assert drawn.units[HEADS.format(0)].tolist() == [True, True, False, True]
+    assert drawn.units[NEURONS.format(0)].tolist() == 48 * [True] + 16 * [False]
+    assert drawn.counts() == {HEADS.format(0): 3, NEURONS.format(0): 48, HEADS.format(1): 3, NEURONS.format(1): 64}
+    assert (drawn.origin.method, drawn.origin.model_type) == ("magnitude_units", "bert")
+    assert drawn.origin.model_parameters == model.num_parameters()
+    assert drawn.distance(StructuredTicket.from_model(model, config, seed=5)) == 0  # magnitudes know no seed
+
+
+def test_from_model_at_random_follows_the_seed():
+    model, state = tiny_model("bert"), torch.get_rng_state()
+    config = EarlyBirdConfig(heads=0.5, neurons=0.5)
+    first, again, other = (StructuredTicket.from_model(model, config, "random", seed) for seed in (0, 0, 1))
+    assert first.distance(again) == 0 < first.distance(other)
+    assert first.origin.method == "random_units"
+    assert (first.kept_fraction("heads"), first.kept_fraction("neurons")) == (0.5, 0.5)
+    assert first.distance(StructuredTicket.from_model(model, config)) > 0
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_from_model_without_config_takes_the_default_budgets():
+    drawn = StructuredTicket.from_model(tiny_model("bert"))
+    assert drawn.counts()[HEADS.format(0)] == 3  # of 4, a third less
+    assert drawn.kept_fraction("neurons") == 80 / 128  # of 76.8, the nearest multiple of 16
+
+
+def test_from_model_takes_the_table_of_a_family_outside():
+    drawn = StructuredTicket.from_model(tiny_model("opt"), EarlyBirdConfig(unit_table=OPT_TABLE))
+    assert list(drawn.counts())[0] == "decoder.layers.0.heads"
+
+
+def test_from_model_refuses():
+    model = tiny_model("bert")
+    with pytest.raises(ValueError, match="Unknown score 'gradient'. Choose one of: magnitude, random"):
+        StructuredTicket.from_model(model, score="gradient")
+    with pytest.raises(ValueError, match="got a `target_speedup`: that takes a search"):
+        StructuredTicket.from_model(model, EarlyBirdConfig(target_speedup=2.0))
+    with pytest.raises(ValueError, match="would empty a layer"):
+        StructuredTicket.from_model(model, EarlyBirdConfig(heads=0.9))
+    with pytest.raises(ValueError, match="Heads and neurons are known for"):
+        StructuredTicket.from_model(tiny_model("opt"))
+
+
+def test_shuffled_keeps_the_counts():
+    origin = TicketOrigin(method="early_bird", model_type="bert", config={"heads": 0.5}, metrics={"drawn_at": 3})
+    units = {"a.heads": bools("110000000000"), "a.neurons": torch.arange(64) < 16, "b.neurons": torch.arange(64) < 48}
+    drawn = StructuredTicket(units, origin)
+    first, again, other = drawn.shuffled(0), drawn.shuffled(0), drawn.shuffled(1)
+    assert first.counts() == other.counts() == drawn.counts() == {"a.heads": 2, "a.neurons": 16, "b.neurons": 48}
+    assert first.distance(again) == 0
+    assert all(first.distance(one) > 0.1 for one in (other, drawn))
+    assert torch.equal(drawn.units["a.neurons"], units["a.neurons"])
+    assert (first.origin.method, first.origin.model_type) == ("random_units", "bert")
+    assert first.origin.config == first.origin.metrics == {}

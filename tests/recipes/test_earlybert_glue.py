@@ -1,0 +1,102 @@
+"""The recipe's modes, a few steps each, by the command a user types."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from sparse_hf import EarlyBirdConfig, StructuredTicket, load_slim
+from sparse_hf.anatomy.units import find_units
+from tiny_folder import save_tiny_model, save_tiny_task
+
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "earlybert_glue.py"
+BUDGET = ("--heads", "0.5", "--neurons", "0.5")
+SEARCH = ("--mode", "search", *BUDGET, "--draw_at", "3")
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    root = tmp_path_factory.mktemp("earlybert")
+    train, validation = save_tiny_task(root / "task")
+    return {"model": save_tiny_model(root / "model"), "train": train, "validation": validation, "root": root}
+
+
+@pytest.fixture
+def run(places, monkeypatch):
+    def go(name: str, *more: str) -> dict:
+        words = ["--model_name_or_path", places["model"], "--train_file", places["train"]]
+        words += ["--validation_file", places["validation"], "--output_dir", places["root"] / name]
+        words += ["--max_steps", "4", "--per_device_train_batch_size", "8", "--report_to", "none", "--use_cpu", "true"]
+        words += ["--disable_tqdm", "true", "--save_strategy", "no", "--eval_strategy", "epoch", *more]
+        monkeypatch.setattr(sys, "argv", [str(RECIPE), *map(str, words)])
+        runpy.run_path(str(RECIPE), run_name="__main__")
+        return json.loads((places["root"] / name / "eval_results.json").read_text())
+
+    return go
+
+
+def counts_of(folder: Path) -> dict[str, int]:
+    return {one.key: one.count for one in find_units(load_slim(folder))}
+
+
+def losses(*results: dict) -> set[tuple]:
+    return {(result["eval_loss"], result["eval_accuracy"], result["parameters"]) for result in results}
+
+
+def test_search_then_its_ticket_then_controls(run, places, capsys):
+    root = places["root"]
+    found = run("search", *SEARCH)
+    assert "Drawn at step 3; the mask's way there is in" in capsys.readouterr().out
+    assert (root / "search" / "mask_distances.png").is_file()
+    ticket = StructuredTicket.from_pretrained(root / "search" / "ticket")
+    counts = counts_of(root / "search")
+    assert counts == ticket.counts()
+    assert [counts[f"encoder.layer.{layer}.heads"] for layer in (0, 1)] == [1, 1]
+    assert sum(counts[f"encoder.layer.{layer}.neurons"] for layer in (0, 1)) == 32
+    assert json.loads((root / "search" / "train_results.json").read_text())["early_bird_drawn_at"] == 3
+
+    with pytest.raises(FileExistsError, match="already holds a search"):
+        run("search", *SEARCH)
+    assert len(losses(found, run("search", *SEARCH, "--resume_from_checkpoint", "true"))) == 1
+
+    given = ("--ticket", str(root / "search" / "ticket"))
+    assert run("ticket", "--mode", "ticket", *given)["parameters"] == found["parameters"]
+    assert counts_of(root / "ticket") == counts
+    assert run("shuffled", "--mode", "random", *given)["parameters"] == found["parameters"]
+    assert counts_of(root / "shuffled") == counts
+    for mode in ("random", "magnitude"):
+        assert run(mode, "--mode", mode, *BUDGET)["parameters"] == found["parameters"]
+    dense = run("dense", "--mode", "dense")
+    assert dense["parameters"] > found["parameters"]
+    assert counts_of(root / "dense")["encoder.layer.0.heads"] == 2
+
+
+def test_a_killed_search_goes_on(run, places, monkeypatch):
+    saving = ("--save_strategy", "steps", "--save_steps", "1")
+    whole = run("whole", *SEARCH, *saving)
+    save = StructuredTicket.save_pretrained
+    monkeypatch.setattr(StructuredTicket, "save_pretrained", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run("killed", *SEARCH, *saving)
+    monkeypatch.setattr(StructuredTicket, "save_pretrained", save)
+    resumed = run("killed", *SEARCH, *saving, "--resume_from_checkpoint", "true")
+    assert len(losses(whole, resumed)) == 1
+    tickets = [StructuredTicket.from_pretrained(places["root"] / name / "ticket") for name in ("whole", "killed")]
+    assert tickets[0].distance(tickets[1]) == 0
+
+
+def test_a_ticket_mode_without_ticket_says_so(run):
+    with pytest.raises(ValueError, match="needs `--ticket`"):
+        run("none", "--mode", "ticket")
+
+
+@pytest.mark.parametrize(("text", "moment"), [("3", 3), ("0.2", 0.2), ("1.0", 1.0), (None, None)])
+def test_a_decimal_point_makes_epochs(text, moment):
+    recipe = runpy.run_path(str(RECIPE))
+    arguments = recipe["Arguments"](model_name_or_path="x", draw_at=text, l1=0.5, uniform=True)
+    config = recipe["config_of"](arguments)
+    assert config == EarlyBirdConfig(draw_at=moment, l1=0.5, uniform=True)
+    assert type(config.draw_at) is type(moment)
