@@ -1,11 +1,12 @@
 """What do coefficients on heads and neurons, their L1 penalty and the detector's looks cost in a training step?
 
-    python benchmarks/early_bird_overhead.py [--layers 12 --hidden 768 --batch 8 --length 128 --rounds 7 --look_every 23]
+    python benchmarks/early_bird_overhead.py [--layers 12 --hidden 768 --batch 8 --length 128 --rounds 7]
 
 One process, one thread, one model size (BERT-base by default), fused AdamW, clipping at 1.0, dropout as configured.
 The sides take turns; figures are medians of CPU seconds of the process, which a busy machine disturbs less than wall
 time. The added work is also timed by itself inside its steps: whole steps vary by more than it costs. A look at the
-mask is spread over the steps between two: the default is 0.05 of an epoch of MRPC's 3,668 pairs in batches of 8.
+mask is spread over the `--look_every` steps between two, by default 0.05 of an epoch of MRPC (3,668 pairs, batches of
+8).
 """
 
 import argparse

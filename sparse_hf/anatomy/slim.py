@@ -47,8 +47,8 @@ def cut_units(
     _check_masks(units, kept)
     indices = {one.key: kept[one.key].nonzero().flatten().cpu() for one in units}
     counts = {key: len(index) for key, index in indices.items()}
-    if uniform and (reason := _why_not_stock(model, table, units, counts)):
-        raise ValueError(f"`uniform=True` needs a form that the stock config can say, but {reason}.")
+    if uniform:
+        check_stock_form(model, kept, table)
     slices = unit_slices(model, table, indices)
     smaller = _empty_model(model, table, units, counts)
     _fill(smaller, model, slices)
@@ -60,8 +60,8 @@ def cut_units(
 
 def check_stock_form(model: PreTrainedModel, kept: Mapping[str, Tensor], table: UnitTable) -> None:
     """Raise ValueError if the stock config cannot say how many heads and neurons these masks keep."""
-    indices = {key: mask.nonzero().flatten() for key, mask in kept.items()}
-    if reason := _why_not_stock(model, table, find_units(model, table), indices):
+    counts = {key: int(mask.sum()) for key, mask in kept.items()}
+    if reason := _why_not_stock(model, table, find_units(model, table), counts):
         raise ValueError(
             f"`uniform=True` needs a form that the stock config can say, but {reason}. Leave `uniform` out: the model "
             "then loads after `import sparse_hf`, or with `trust_remote_code=True`."

@@ -21,8 +21,8 @@ def check_before_early_bird(trainer: "SparseTrainer", config: EarlyBirdConfig) -
 
     Raises:
         TypeError: not a `PreTrainedModel`.
-        ValueError: an unsupported family or strategy, wrapped weights, a budget that empties a layer, a stock form that
-            cannot be, or a draw that would never come.
+        ValueError: an unsupported family or strategy, wrapped weights, a budget that empties a layer, a stock form
+            that cannot be, or a draw that would never come.
     """
     model = trainer.model
     if not isinstance(model, PreTrainedModel):
@@ -31,6 +31,11 @@ def check_before_early_bird(trainer: "SparseTrainer", config: EarlyBirdConfig) -
         )
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         raise ValueError("An early-bird search cannot cut sharded parameters yet. Run it without DeepSpeed and FSDP.")
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            f"A search does not work in nn.DataParallel, which the Trainer uses for {trainer.args.n_gpu} GPUs in one "
+            "process. Launch one process per GPU by `accelerate launch` or `torchrun`."
+        )
     if trainer.args.enable_jit_checkpoint:
         raise ValueError("A search goes on from its own checkpoints, got `enable_jit_checkpoint`. Switch it off.")
     _check_parameters(model)
@@ -52,8 +57,8 @@ def _check_parameters(model: PreTrainedModel) -> None:
     missing = [name for name, _ in plain.named_parameters(remove_duplicate=False) if name not in found]
     if missing:
         raise ValueError(
-            f"`{type(model).__name__}` must have the parameters of its class, but `{missing[0]}` is wrapped, quantised or "
-            "parametrised. Merge adapters and remove parametrisations first."
+            f"`{type(model).__name__}` must have the parameters of its class, but `{missing[0]}` is wrapped, "
+            "quantised or parametrised. Merge adapters and remove parametrisations first."
         )
 
 

@@ -112,7 +112,7 @@ class EarlyBirdSearch:
         if self.stage == 1:
             self._detector.save(folder)
         elif self._ticket is not None:
-            write_json(folder / DESCRIPTION_FILE, {**self._ticket.description(), "kind": "slim_model"})
+            describe_slim(folder, self._ticket)
 
     def run(self, resume: str | bool | None) -> TrainOutput:
         """Search and draw, unless that is done; then train the smaller model, which replaces `trainer.model`.
@@ -130,8 +130,9 @@ class EarlyBirdSearch:
             )
         if self._cut_already:
             raise ValueError(
-                f"A search begins with a whole model, but this trainer's is cut already ({type(trainer.model).__name__}"
-                "). Make a new trainer with the whole model, to resume the search or for another `output_dir`."
+                "A search begins with a whole model, but this trainer's is cut already "
+                f"({type(trainer.model).__name__}). Make a new trainer "
+                "with the whole model, to resume the search or for another `output_dir`."
             )
         self._folder = Path(trainer.args.output_dir)
         check_before_early_bird(trainer, self.config)
@@ -177,7 +178,7 @@ class EarlyBirdSearch:
         coefficients, strength = self._coefficients, self.config.l1
 
         def add_l1_gradient(optimizer: torch.optim.Optimizer, *_: object) -> None:
-            # Under a gradient scaler, a fused optimizer divides gradients that were not clipped by `grad_scale` itself.
+            # Under a gradient scaler, a fused optimizer divides unclipped gradients by `grad_scale` itself.
             scale = getattr(optimizer, "grad_scale", None)
             coefficients.add_l1_gradient(strength if scale is None else strength * float(scale))
 
@@ -338,3 +339,8 @@ class EarlyBirdSearch:
             yield
         finally:
             self.seconds[name] += time.perf_counter() - start
+
+
+def describe_slim(folder: Path, ticket: StructuredTicket) -> None:
+    """Write `sparse_hf.json` into the folder of a model that was cut to a ticket."""
+    write_json(folder / DESCRIPTION_FILE, {**ticket.description(), "kind": "slim_model"})

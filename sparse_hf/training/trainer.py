@@ -16,7 +16,7 @@ from sparse_hf.tickets.structured_ticket import StructuredTicket
 from sparse_hf.tickets.ticket import Ticket
 from sparse_hf.training.callback import SparsityCallback
 from sparse_hf.training.checkpoints import last_complete_checkpoint, steps_in_checkpoint
-from sparse_hf.training.early_bird_search import EarlyBirdSearch
+from sparse_hf.training.early_bird_search import EarlyBirdSearch, describe_slim
 from sparse_hf.training.lottery_search import LotterySearch
 
 
@@ -176,6 +176,8 @@ class SparseTrainer(Trainer):
             self._sparsity_callback.save_masks(Path(output_dir or self.args.output_dir))
         if self.args.should_save and self.search is not None:
             self.search.save_beside(Path(output_dir or self.args.output_dir))
+        if self.args.should_save and self._structured_ticket is not None:
+            describe_slim(Path(output_dir or self.args.output_dir), self._structured_ticket)
 
     def log(self, logs: dict[str, float], *args: object, **kwargs: object) -> None:
         """Add the sparsity, and the round of a search, to every record."""

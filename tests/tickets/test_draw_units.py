@@ -134,8 +134,9 @@ def test_a_target_speedup_spends_time_where_the_scores_are():
     config = EarlyBirdConfig(target_speedup=20 / 17.1)
     masks = draw_units(scores, config, TABLE)
     assert list(masks) == list(scores)
-    # At least 2 + 2 * 3 + 2 * 3 = 14 s. Of the 3.1 s more, one buys a head: the second layer's, worth 0.5 to the
-    # first's 0.1. Two buy 16 neurons: the first layer's lower half, worth 0 + 1 + ... + 15 = 120 to the second's 16.
+    # At least 2 + 2 * 3 + 2 * 3 = 14 s. Of the 3.1 s more, one buys a head: the second layer's, worth 0.4 over the
+    # least head to the first's 0. Two buy 16 neurons: the first layer's lower half, worth 0 + 1 + ... + 15 = 120 to
+    # the second's 16.
     assert {key: int(mask.sum()) for key, mask in masks.items()} == {
         "layer.0.heads": 1,
         "layer.0.neurons": 32,
@@ -151,10 +152,14 @@ def test_a_target_speedup_draws_the_counts_of_the_table():
     scores, config = random_scores(2, heads=2, neurons=32), EarlyBirdConfig(target_speedup=1.2)
     masks = draw_units(scores, config, TABLE)
     counts = {key: int(mask.sum()) for key, mask in masks.items()}
-    assert counts == choose_unit_counts(scores, TABLE, 1.2, 16)
+    least = {kind: min(float(scores[f"layer.{n}.{kind}"].min()) for n in (0, 1)) for kind in ("heads", "neurons")}
+    worth = {key: score - least[key.rpartition(".")[2]] for key, score in scores.items()}
+    assert counts == choose_unit_counts(worth, TABLE, 1.2, 16)
     assert TABLE.predicted(counts) <= 20 / 1.2
     assert_highest_stay(scores, masks)
     assert not is_tied(scores, masks, config)
+    moved = {key: score / 64 + 1 if key.endswith("heads") else score - 8 for key, score in scores.items()}
+    assert {key: int(mask.sum()) for key, mask in draw_units(moved, config, TABLE).items()} == counts
     with pytest.raises(ValueError, match="`target_speedup=3.0` cannot be reached"):
         draw_units(scores, EarlyBirdConfig(target_speedup=3.0), TABLE)
 

@@ -103,30 +103,22 @@ def test_a_draw_on_ties_is_warned_of(caplog):
     assert "drawn at step 2 on tied coefficients" in record.getMessage()
 
 
-def test_the_draw_is_at_the_first_look_that_settled(tmp_path):
-    """In real searches: what was looked at is enough to know when."""
-    found = set()
-    for rate, threshold in ((1e-2, 0.3), (3e-3, 0.4), (1e-2, 0.1)):
-        config = early_bird(threshold=threshold, history=3, longest=8, earliest=2, coefficient_learning_rate=rate)
-        tied, scores = [], []
-
-        def watch(**_):
-            values = trainer.search._coefficients.scores()  # noqa: B023
-            masks = trainer.search._detector.checks  # noqa: B023
-            scores.append((values, len(masks)))  # noqa: B023
-
-        trainer = bird_trainer(tmp_path / f"{rate}-{threshold}", config, max_steps=8)
-        trainer.add_callback(AtStep(lambda **_: trainer.search.stage == 1 and watch()))
-        trainer.train()
-        search = trainer.search
-        for (values, _), (_, masks) in zip(scores, search._detector.checks, strict=True):
-            tied.append(is_tied(values, masks, config))
-        expected = settles_at(search.steps, search.distances, tied, config)
-        assert search.drawn_at == (8 if expected is None else expected)
-        assert search.drawn_at >= 4
-        assert search.steps == list(range(1, search.drawn_at + 1))
-        found.add(search.drawn_at)
-    assert len(found) > 1  # else the loop compares nothing
+@pytest.mark.parametrize("settings", [(1e-2, 0.3), (3e-3, 0.4), (1e-2, 0.1)], ids=str)
+def test_the_draw_is_at_the_first_look_that_settled(tmp_path, settings):
+    """In a real search, what was looked at is enough to know when."""
+    rate, threshold = settings
+    config = early_bird(threshold=threshold, history=3, longest=8, earliest=2, coefficient_learning_rate=rate)
+    trainer, scores = bird_trainer(tmp_path, config, max_steps=8), []
+    search = trainer.search
+    trainer.add_callback(AtStep(lambda **_: search.stage == 1 and scores.append(search._coefficients.scores())))
+    trainer.train()
+    looks = zip(scores, search._detector.checks, strict=True)
+    tied = [is_tied(values, masks, config) for values, (_, masks) in looks]
+    expected = settles_at(search.steps, search.distances, tied, config)
+    assert search.drawn_at == (8 if expected is None else expected)
+    assert search._detector.settled == (expected is not None)
+    assert search.drawn_at >= 4  # two is the earliest, and three must agree
+    assert search.steps == list(range(1, search.drawn_at + 1))
 
 
 def test_coefficients_that_do_not_move_never_settle(tmp_path, caplog):

@@ -91,6 +91,12 @@ def test_sharded_parameters(tmp_path, name):
     assert_refused(trainer, ValueError, "cannot cut sharded parameters yet. Run it without DeepSpeed and FSDP")
 
 
+def test_several_gpus_in_one_process(tmp_path):
+    trainer = bird_trainer(tmp_path)
+    trainer.args._n_gpu = 2
+    assert_refused(trainer, ValueError, "one process per GPU by `accelerate launch` or `torchrun`")
+
+
 def test_checkpoints_that_cut_the_search_short(tmp_path):
     assert_refused(bird_trainer(tmp_path, enable_jit_checkpoint=True), ValueError, "enable_jit_checkpoint")
 
