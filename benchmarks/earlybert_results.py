@@ -44,7 +44,7 @@ class Task(NamedTuple):
 TASKS = {
     "sst2": Task("SST-2", "train.tsv.gz", "dev.tsv", "accuracy", 2000, 1e-4),
     "stsb": Task("STS-B", "sts-train.csv", "sts-dev.csv", "spearman", 1200, 1e-4),
-    "mrpc": Task("MRPC", "train.tsv", "dev.tsv", "accuracy", 2000, 1e-4),
+    "mrpc": Task("MRPC", "train.tsv", "dev.tsv", "accuracy", 1500, 1e-4),
 }
 
 
