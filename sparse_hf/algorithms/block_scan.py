@@ -1,8 +1,8 @@
 """One pass over the scores of a piece, in blocks that stay in the cache.
 
-On the CPU the blocks are numpy arrays: torch's float-to-bool comparison and `nonzero` are 10 to 25 times slower there
-than numpy's (one thread), and the whole pass about 4 times; a second torch thread does not help. On other devices the
-blocks are torch tensors; the two libraries share the names used here.
+On the CPU the blocks are numpy arrays, whose float-to-bool comparison and `nonzero` are faster there than torch's; on
+other devices they are torch tensors. The two libraries share the names used here. `benchmarks/global_threshold.py` times
+the whole selection.
 """
 
 import math
@@ -16,7 +16,7 @@ from torch import Tensor
 
 Block = np.ndarray | Tensor
 
-CPU_BLOCK = 1 << 17  # 512 KiB of fp32: measured best of 2**14 .. 2**18
+CPU_BLOCK = 1 << 17  # 512 KiB of fp32, which stay in a core's cache
 DEVICE_BLOCK = 1 << 24
 
 _TORCH_OF = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}

@@ -71,15 +71,23 @@ class SparseTrainer(Trainer):
         return self._sparsity_callback.ticket
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: object, **kwargs: object) -> TrainOutput:
-        """Train; with a `LotteryTicketConfig`, run the whole search and train the ticket that it finds.
+        """Train; with the config of a search, run the whole search and train the ticket that it finds.
 
         Args:
             resume_from_checkpoint: True continues from the last checkpoint that was written whole, bit for bit as if
                 the run had not stopped; a search is continued where it was. (The Trainer skips the evaluation at the
                 end of an epoch when it resumes from a checkpoint of the epoch's last step: with
                 `eval_strategy="epoch"`, set `save_strategy="epoch"` too.)
+
+        Raises:
+            ValueError: a search cannot be right, or was given what only one training takes (`trial`).
         """
         if self.search is not None:
+            if any(given is not None for given in (*args, *kwargs.values())):
+                raise ValueError(
+                    "A search trains more than once, so `train` takes nothing but `resume_from_checkpoint` there. For "
+                    "a hyper-parameter search, make a trainer per trial."
+                )
             return self.search.run(resume_from_checkpoint)
         return self.train_once(resume_from_checkpoint, *args, **kwargs)
 

@@ -91,6 +91,11 @@ def test_sharded_parameters(tmp_path, name):
     assert_refused(trainer, ValueError, "cannot cut sharded parameters yet. Run it without DeepSpeed and FSDP")
 
 
+def test_what_only_one_training_takes(tmp_path):
+    with pytest.raises(ValueError, match="takes nothing but `resume_from_checkpoint`"):
+        bird_trainer(tmp_path).train(trial={"learning_rate": 1e-4})
+
+
 def test_several_gpus_in_one_process(tmp_path):
     trainer = bird_trainer(tmp_path)
     trainer.args._n_gpu = 2
