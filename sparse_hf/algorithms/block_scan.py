@@ -1,8 +1,8 @@
 """One pass over the scores of a piece, in blocks that stay in the cache.
 
 On the CPU the blocks are numpy arrays, whose float-to-bool comparison and `nonzero` are faster there than torch's; on
-other devices they are torch tensors. The two libraries share the names used here. `benchmarks/global_threshold.py` times
-the whole selection.
+other devices they are torch tensors. The two libraries share the names used here. What the selection takes is timed by
+`benchmarks/global_threshold.py`.
 """
 
 import math
