@@ -24,6 +24,7 @@ __all__ = [
     "plot_sparsity",
     "prune",
     "slim",
+    "upcycle",
 ]
 
 # Imported on first use, so that what a user does not need (matplotlib, typer) is not loaded.
@@ -44,6 +45,7 @@ _HOMES = {
     "plot_sparsity": "sparse_hf.hub.sparsity_picture",
     "prune": "sparse_hf.tickets.prune",
     "slim": "sparse_hf.tickets.slim_model",
+    "upcycle": "sparse_hf.moe.upcycle",
 }
 
 

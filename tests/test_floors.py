@@ -27,7 +27,7 @@ FRAMEWORKS = {
     "transformers.train": TRAINING_AND_UP,  # ... and the modules that define them
     "accelerate": TRAINING_AND_UP,
     "peft": {"dsee", "hub"},
-    "tqdm": {"training"},
+    "tqdm": {"training", "moe"},
     "matplotlib": {"hub"},
     "typer": {"cli"},
     "rich": {"cli"},

@@ -1,0 +1,30 @@
+"""`sparse-hf upcycle`: a dense checkpoint becomes a mixture of experts."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparse_hf.cli.messages import console
+
+
+def upcycle_folder(
+    source: Annotated[str, typer.Argument(help="Folder or Hub id of a dense checkpoint in safetensors.")],
+    destination: Annotated[Path, typer.Argument(help="New folder for the mixture of experts.")],
+    experts: Annotated[int, typer.Option(help="Experts of every mixture.")] = 8,
+    top_k: Annotated[int, typer.Option(help="Experts per token.")] = 2,
+    router_std: Annotated[float, typer.Option(help="Standard deviation of the routers' start; 0 for zeros.")] = 0.02,
+    seed: Annotated[int, typer.Option(help="Of the routers and of the check's tokens.")] = 0,
+    check_tokens: Annotated[int, typer.Option(help="Tokens to compare the logits on; 0 skips that.")] = 256,
+    plan_only: Annotated[bool, typer.Option("--plan", help="Say what would be done, and do nothing.")] = False,
+) -> None:
+    """Write a native mixture of experts whose experts are copies of the dense FFN; a killed run goes on."""
+    from sparse_hf.moe.upcycle import plan_upcycling, upcycle
+
+    options = {"experts": experts, "top_k": top_k, "router_std": router_std, "seed": seed}
+    console.print(str(plan_upcycling(source, destination, **options)), markup=False, soft_wrap=True)
+    if plan_only:
+        return
+    upcycle(source, destination, **options, check_tokens=check_tokens)
+    checked = f"logits equal on {check_tokens} tokens" if check_tokens else "logits not compared"
+    console.print(f"{destination}: written, {checked}", markup=False, soft_wrap=True)

@@ -1,0 +1,236 @@
+"""Turn a dense checkpoint into a mixture of experts that stock Transformers and engines load."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm.auto import tqdm
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from sparse_hf import __version__
+from sparse_hf.moe.logits_check import TOLERANCE, largest_difference
+from sparse_hf.moe.pairs import Pair, pair_of, target_values
+from sparse_hf.moe.upcycling_plan import Router, plan_tensors
+from sparse_hf.storage.durable import write_json
+from sparse_hf.storage.locations import local_folder
+from sparse_hf.storage.shard_plan import PlannedShard, plan_digest, plan_shards
+from sparse_hf.storage.shard_writer import missing_shards, require_space, write_index, write_shards
+from sparse_hf.storage.tensor_headers import read_headers
+
+
+WEIGHTS = ("*.safetensors", "model.safetensors.index.json")
+# What belongs to a model beside weights and config; nothing of it is code.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+SHARD_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class UpcyclingPlan:
+    """What an upcycling will do; printing it says so in words."""
+
+    source: Path
+    destination: Path
+    pair: Pair
+    config: PreTrainedConfig
+    shards: tuple[PlannedShard, ...]
+    digest: str
+    layers: int
+    all_layers: int
+    dense_bytes: int
+    ffn_ratio: float
+
+    @property
+    def bytes(self) -> int:
+        """Of all shards."""
+        return sum(shard.file_bytes() for shard in self.shards)
+
+    def __str__(self) -> str:
+        names = self.pair
+        free = shutil.disk_usage(_existing(self.destination)).free
+        return (
+            f"{names.source} -> {names.target} ({names.architecture}): {self.layers} of {self.all_layers} layers, "
+            f"{getattr(self.config, names.experts)} experts, top {self.config.num_experts_per_tok}\n"
+            "Exact: the experts are copies, and the weights of those chosen sum to 1 for every token, so the logits "
+            "stay. For the same reason the language-model loss gives routers no gradient until experts differ: train "
+            "with a load-balancing loss.\n"
+            f"{self.dense_bytes / 1e9:.2f} GB -> {self.bytes / 1e9:.2f} GB in {len(self.shards)} files, "
+            f"{free / 1e9:.1f} GB free; FFN FLOPs per token {self.ffn_ratio:.2f} x dense"
+        )
+
+
+def plan_upcycling(
+    source: str | Path,
+    destination: str | Path,
+    experts: int = 8,
+    top_k: int = 2,
+    layers: Sequence[int] | None = None,
+    router_std: float = 0.02,
+    seed: int = 0,
+    max_shard_bytes: int = SHARD_BYTES,
+) -> UpcyclingPlan:
+    """What `upcycle` would do with the same arguments; reads headers only and writes nothing.
+
+    Raises:
+        FileNotFoundError: no such checkpoint, or a shard is missing.
+        ValueError: the source has no exact target, is damaged, or the numbers do not fit.
+    """
+    _check_numbers(experts, top_k, router_std, max_shard_bytes)
+    folder = local_folder(source, ["config.json", *WEIGHTS, *COMPANIONS])
+    config = AutoConfig.from_pretrained(folder)
+    pair = pair_of(config)
+    chosen = _chosen_layers(pair, config.num_hidden_layers, layers)
+    headers = read_headers(folder)
+    tensors = plan_tensors(headers, pair, chosen, experts, Router(router_std, seed))
+    shards = tuple(plan_shards(tensors, max_shard_bytes))
+    dense = tuple(sorted(set(range(config.num_hidden_layers)) - chosen))
+    values = target_values(pair, config, experts, top_k, dense)
+    target = CONFIG_MAPPING[pair.target](**values, dtype=config.dtype)
+    options = {name: value for name, value in target.to_dict().items() if name != "transformers_version"}
+    return UpcyclingPlan(
+        source=folder,
+        destination=Path(destination),
+        pair=pair,
+        config=target,
+        shards=shards,
+        digest=plan_digest(shards, options),
+        layers=len(chosen),
+        all_layers=config.num_hidden_layers,
+        dense_bytes=sum(stored.length for stored in headers.values()),
+        ffn_ratio=(len(chosen) * top_k + len(dense)) / config.num_hidden_layers,
+    )
+
+
+def upcycle(
+    source: str | Path,
+    destination: str | Path,
+    experts: int = 8,
+    top_k: int = 2,
+    layers: Sequence[int] | None = None,
+    router_std: float = 0.02,
+    seed: int = 0,
+    max_shard_bytes: int = SHARD_BYTES,
+    check_tokens: int = 256,
+    progress: bool = True,
+) -> UpcyclingPlan:
+    """Write a mixture of experts whose experts are exact copies of the dense FFN (Komatsuzaki et al. 2022).
+
+    The target is a stock architecture with the names that its own checkpoints have on the Hub, so that Transformers,
+    vLLM and SGLang read it with no code of ours (no engine was run by us). Weights are copied block by block; no model
+    is held in memory but for the check at the end. Called again after a kill it goes on, and the files are those of an
+    uninterrupted run, byte for byte. Several processes may be called alike and share the shards; the last to finish
+    completes the folder. It can be loaded only once everything is written and checked.
+
+    Args:
+        source: folder or Hub id of a dense checkpoint in safetensors.
+        destination: a new folder.
+        experts: of every mixture.
+        top_k: experts per token; 1 leaves routers without any gradient from the language-model loss, for ever.
+        layers: which layers become mixtures; all by default. Only Qwen3's target can leave layers dense.
+        router_std: standard deviation of the routers' normal start; 0 for zeros.
+        seed: of the routers and of the check's tokens.
+        max_shard_bytes: of one file.
+        check_tokens: how many random tokens the logits of both models are compared on; 0 skips the comparison, which
+            needs the memory of the mixture in fp32.
+        progress: show a bar.
+
+    Raises:
+        FileNotFoundError, ValueError: see `plan_upcycling`; or the logits differ, and the folder stays without config.
+        FileExistsError: the destination holds something else.
+        OSError: the disk is full, or too small (refused before the first byte).
+    """
+    plan = plan_upcycling(source, destination, experts, top_k, layers, router_std, seed, max_shard_bytes)
+    _check_destination(plan)
+    missing = set(missing_shards(plan.destination, plan.shards))
+    require_space(plan.destination, sum(shard.file_bytes() for shard in plan.shards if shard.name in missing))
+    with tqdm(total=plan.bytes, unit="B", unit_scale=True, desc="upcycling", disable=not progress) as bar:
+        elsewhere = write_shards(plan.destination, plan.shards, plan.digest, bar.update)
+    if elsewhere:
+        return plan
+    write_index(plan.destination, plan.shards)
+    difference = None
+    if check_tokens:
+        difference = largest_difference(plan.source, plan.destination, plan.config, check_tokens, seed)
+        if not difference <= TOLERANCE:
+            raise ValueError(
+                f"The logits of the mixture must be those of the dense model to {TOLERANCE:g} of the largest, got "
+                f"{difference:.2g}. `{plan.destination}` is left without a config, so that nothing loads it."
+            )
+    _finish(plan, difference)
+    return plan
+
+
+def _finish(plan: UpcyclingPlan, difference: float | None) -> None:
+    """What makes the folder a model, the config last."""
+    for name in COMPANIONS:
+        if (plan.source / name).is_file():
+            shutil.copyfile(plan.source / name, plan.destination / name)
+    description = {
+        "kind": "upcycled_model",
+        "source_type": plan.pair.source,
+        "target_type": plan.pair.target,
+        "experts": getattr(plan.config, plan.pair.experts),
+        "top_k": plan.config.num_experts_per_tok,
+        "digest": plan.digest,
+        "logits_difference": difference,
+        "versions": {"sparse_hf": __version__},
+    }
+    write_json(plan.destination / "sparse_hf.json", description)
+    write_json(plan.destination / "config.json", plan.config.to_dict())
+
+
+def _check_numbers(experts: int, top_k: int, router_std: float, max_shard_bytes: int) -> None:
+    if type(experts) is not int or experts < 2:
+        raise ValueError(f"`experts` must be 2 or more, got {experts!r}.")
+    if type(top_k) is not int or not 1 <= top_k <= experts:
+        raise ValueError(f"`top_k` must be between 1 and the {experts} experts, got {top_k!r}.")
+    if not 0 <= router_std < float("inf"):
+        raise ValueError(f"`router_std` must be 0 or more, got {router_std!r}.")
+    if max_shard_bytes < 1:
+        raise ValueError(f"`max_shard_bytes` must be 1 or more, got {max_shard_bytes!r}.")
+
+
+def _chosen_layers(pair: Pair, count: int, layers: Sequence[int] | None) -> frozenset[int]:
+    chosen = frozenset(range(count) if layers is None else layers)
+    outside = sorted(layer for layer in chosen if type(layer) is not int or not 0 <= layer < count)
+    if outside or not chosen:
+        raise ValueError(f"`layers` must name some of the layers 0 to {count - 1}, got {layers!r}.")
+    if len(chosen) < count and pair.dense_layers is None:
+        raise ValueError(
+            f"A {pair.target} model has a mixture in every layer, got `layers` = {sorted(chosen)}: leave it out."
+        )
+    return chosen
+
+
+def _check_destination(plan: UpcyclingPlan) -> None:
+    if plan.destination.resolve() == plan.source.resolve():
+        raise ValueError(f"The destination must be another folder than the source, got `{plan.destination}`.")
+    ours = {shard.name for shard in plan.shards}
+    if (plan.destination / "config.json").exists():
+        raise FileExistsError(f"`{plan.destination}` holds a model already. Choose another folder.")
+    if plan.destination.is_dir():
+        known = ("upcycle_journal.jsonl", "model.safetensors.index.json")
+        others = sorted(
+            entry.name
+            for entry in plan.destination.iterdir()
+            if entry.name.removesuffix(".partial").removesuffix(".lock") not in {*ours, *known}
+        )
+        if others and not (plan.destination / known[0]).exists():
+            raise FileExistsError(f"`{plan.destination}` holds other files ({others[0]}). Choose a new folder.")
+
+
+def _existing(path: Path) -> Path:
+    """The folder itself, or its nearest parent that exists."""
+    return next(one for one in (path.resolve(), *path.resolve().parents) if one.exists())
