@@ -26,5 +26,8 @@ def upcycle_folder(
     if plan_only:
         return
     upcycle(source, destination, **options, check_tokens=check_tokens)
+    if not (destination / "config.json").is_file():
+        console.print(f"{destination}: other processes still write; the last one completes it", markup=False)
+        return
     checked = f"logits equal on {check_tokens} tokens" if check_tokens else "logits not compared"
     console.print(f"{destination}: written, {checked}", markup=False, soft_wrap=True)
