@@ -140,8 +140,8 @@ def target_values(
     values = {name: getattr(config, name) for name in pair.carried if getattr(config, name, None) is not None}
     values |= dict(pair.fixed)
     values |= {pair.width: config.intermediate_size, pair.experts: experts, "num_experts_per_tok": top_k}
-    # Without this the model's own balance loss is silently off in training.
-    values |= {"output_router_logits": True, "architectures": [pair.architecture]}
+    # `output_router_logits` stays off: generation with a cache fails with it in Transformers 5.17.
+    values |= {"architectures": [pair.architecture]}
     if pair.dense_layers is not None:
         values[pair.dense_layers] = list(dense_layers)
     return values

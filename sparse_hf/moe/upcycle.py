@@ -65,7 +65,7 @@ class UpcyclingPlan:
             f"{getattr(self.config, names.experts)} experts, top {self.config.num_experts_per_tok}\n"
             "Exact: the experts are copies, and the weights of those chosen sum to 1 for every token, so the logits "
             "stay. For the same reason the language-model loss gives routers no gradient until experts differ: train "
-            "with a load-balancing loss.\n"
+            "with a load-balancing loss (`output_router_logits=True` in the config turns the model's own on).\n"
             f"{self.dense_bytes / 1e9:.2f} GB -> {self.bytes / 1e9:.2f} GB in {len(self.shards)} files, "
             f"{free / 1e9:.1f} GB free; FFN FLOPs per token {self.ffn_ratio:.2f} x dense"
         )

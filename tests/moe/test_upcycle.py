@@ -106,10 +106,10 @@ def test_routers_differ_by_layer_and_seed(tmp_path):
     assert 0.3 < float(torch.cat(routers).std()) < 0.7
 
 
-def test_training_finds_the_balance_loss_on(tmp_path):
+def test_training_with_the_models_own_balance_loss(tmp_path):
     save_dense(tmp_path / "dense")
     quiet(tmp_path / "dense", tmp_path / "moe")
-    mixture = AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
+    mixture = AutoModelForCausalLM.from_pretrained(tmp_path / "moe", output_router_logits=True)
     ids = torch.arange(3, 19)[None]
     output = mixture(input_ids=ids, labels=ids)
     assert output.aux_loss is not None
