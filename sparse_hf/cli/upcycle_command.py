@@ -19,13 +19,13 @@ def upcycle_folder(
     plan_only: Annotated[bool, typer.Option("--plan", help="Say what would be done, and do nothing.")] = False,
 ) -> None:
     """Write a native mixture of experts whose experts are copies of the dense FFN; a killed run goes on."""
-    from sparse_hf.moe.upcycle import plan_upcycling, upcycle
+    from sparse_hf.moe.upcycle import carry_out, plan_upcycling
 
-    options = {"experts": experts, "top_k": top_k, "router_std": router_std, "seed": seed}
-    console.print(str(plan_upcycling(source, destination, **options)), markup=False, soft_wrap=True)
+    plan = plan_upcycling(source, destination, experts, top_k, router_std=router_std, seed=seed)
+    console.print(str(plan), markup=False, soft_wrap=True)
     if plan_only:
         return
-    upcycle(source, destination, **options, check_tokens=check_tokens)
+    carry_out(plan, check_tokens, seed=seed)
     if not (destination / "config.json").is_file():
         console.print(f"{destination}: other processes still write; the last one completes it", markup=False)
         return

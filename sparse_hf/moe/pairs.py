@@ -137,7 +137,8 @@ def target_values(
     pair: Pair, config: PreTrainedConfig, experts: int, top_k: int, dense_layers: tuple[int, ...]
 ) -> dict[str, object]:
     """The entries of the target's config."""
-    values = {name: getattr(config, name) for name in pair.carried if getattr(config, name, None) is not None}
+    # None too: left out, an end-of-sequence token that the source does not have would be the target's default.
+    values = {name: getattr(config, name) for name in pair.carried if hasattr(config, name)}
     values |= dict(pair.fixed)
     values |= {pair.width: config.intermediate_size, pair.experts: experts, "num_experts_per_tok": top_k}
     # `output_router_logits` stays off: generation with a cache fails with it in Transformers 5.17.

@@ -1,7 +1,7 @@
 """Turn a dense checkpoint into a mixture of experts that stock Transformers and engines load."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +16,8 @@ from sparse_hf.moe.upcycling_plan import Router, plan_tensors
 from sparse_hf.storage.durable import write_json
 from sparse_hf.storage.locations import local_folder
 from sparse_hf.storage.shard_plan import PlannedShard, plan_digest, plan_shards
-from sparse_hf.storage.shard_writer import missing_shards, require_space, write_index, write_shards
-from sparse_hf.storage.tensor_headers import read_headers
+from sparse_hf.storage.shard_writer import free_bytes, missing_shards, require_space, write_index, write_shards
+from sparse_hf.storage.tensor_headers import StoredTensor, read_headers
 
 
 WEIGHTS = ("*.safetensors", "model.safetensors.index.json")
@@ -59,7 +59,7 @@ class UpcyclingPlan:
 
     def __str__(self) -> str:
         names = self.pair
-        free = shutil.disk_usage(_existing(self.destination)).free
+        free = free_bytes(self.destination)
         return (
             f"{names.source} -> {names.target} ({names.architecture}): {self.layers} of {self.all_layers} layers, "
             f"{getattr(self.config, names.experts)} experts, top {self.config.num_experts_per_tok}\n"
@@ -105,7 +105,7 @@ def plan_upcycling(
         pair=pair,
         config=target,
         shards=shards,
-        digest=plan_digest(shards, options),
+        digest=plan_digest(shards, {"config": options, "sources": _identities(headers)}),
         layers=len(chosen),
         all_layers=config.num_hidden_layers,
         dense_bytes=sum(stored.length for stored in headers.values()),
@@ -152,13 +152,19 @@ def upcycle(
         OSError: the disk is full, or too small (refused before the first byte).
     """
     plan = plan_upcycling(source, destination, experts, top_k, layers, router_std, seed, max_shard_bytes)
+    carry_out(plan, check_tokens, progress, seed)
+    return plan
+
+
+def carry_out(plan: UpcyclingPlan, check_tokens: int = 256, progress: bool = True, seed: int = 0) -> None:
+    """Write what a plan says; see `upcycle`."""
     _check_destination(plan)
     missing = set(missing_shards(plan.destination, plan.shards))
     require_space(plan.destination, sum(shard.file_bytes() for shard in plan.shards if shard.name in missing))
     with tqdm(total=plan.bytes, unit="B", unit_scale=True, desc="upcycling", disable=not progress) as bar:
         elsewhere = write_shards(plan.destination, plan.shards, plan.digest, bar.update)
     if elsewhere:
-        return plan
+        return
     write_index(plan.destination, plan.shards)
     difference = None
     if check_tokens:
@@ -169,7 +175,6 @@ def upcycle(
                 f"{difference:.2g}. `{plan.destination}` is left without a config, so that nothing loads it."
             )
     _finish(plan, difference)
-    return plan
 
 
 def _finish(plan: UpcyclingPlan, difference: float | None) -> None:
@@ -189,6 +194,13 @@ def _finish(plan: UpcyclingPlan, difference: float | None) -> None:
     }
     write_json(plan.destination / "sparse_hf.json", description)
     write_json(plan.destination / "config.json", plan.config.to_dict())
+
+
+def _identities(headers: Mapping[str, StoredTensor]) -> dict[str, str | int]:
+    """What tells a source file from one of equal name, size and header: two fine-tunings of one model have those."""
+    files = {stored.file for stored in headers.values()}
+    # In the Hub's cache a file is a link to its content's hash.
+    return {file.name: file.resolve().name if file.is_symlink() else file.stat().st_mtime_ns for file in files}
 
 
 def _check_numbers(experts: int, top_k: int, router_std: float, max_shard_bytes: int) -> None:
@@ -229,8 +241,3 @@ def _check_destination(plan: UpcyclingPlan) -> None:
         )
         if others and not (plan.destination / known[0]).exists():
             raise FileExistsError(f"`{plan.destination}` holds other files ({others[0]}). Choose a new folder.")
-
-
-def _existing(path: Path) -> Path:
-    """The folder itself, or its nearest parent that exists."""
-    return next(one for one in (path.resolve(), *path.resolve().parents) if one.exists())

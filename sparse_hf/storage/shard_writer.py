@@ -90,14 +90,19 @@ def write_index(folder: Path, shards: Sequence[PlannedShard]) -> None:
         write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
+def free_bytes(folder: Path) -> int:
+    """Free bytes on the disk of `folder`, which need not exist yet."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    return shutil.disk_usage(there).free
+
+
 def require_space(folder: Path, needed: int) -> None:
     """Check that the disk of `folder`, which need not exist yet, has `needed` bytes free.
 
     Raises:
         OSError: it has not (ENOSPC); nothing was written.
     """
-    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    free = shutil.disk_usage(there).free
+    free = free_bytes(folder)
     if needed > free:
         raise OSError(
             errno.ENOSPC,
@@ -115,7 +120,7 @@ def _write_shard(folder: Path, shard: PlannedShard, progress: Callable[[int], No
             sources[file] = os.open(file, os.O_RDONLY)
             cleanup.callback(os.close, sources[file])
         cleanup.enter_context(_clear_disk_errors(path))
-        output = _HashedOutput(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), progress)
+        output = _BufferedOutput(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), progress)
         cleanup.callback(partial.unlink, missing_ok=True)
         cleanup.callback(os.close, output.descriptor)
         output.append(shard.header())
@@ -128,13 +133,13 @@ def _write_shard(folder: Path, shard: PlannedShard, progress: Callable[[int], No
         _append_line(folder, {"shard": shard.name, "bytes": output.written, "crc32": output.crc32})
 
 
-class _HashedOutput:
-    """A file written in blocks of 4 MiB, however small the pieces are, and hashed on the way; one buffer for all."""
+class _BufferedOutput:
+    """A file written in blocks of 4 MiB, however small the pieces are, with a checksum; one buffer for all."""
 
     def __init__(self, descriptor: int, progress: Callable[[int], None]) -> None:
         self.descriptor = descriptor
         self.progress = progress
-        self.crc32 = 0  # sha256 would take longer than the disk
+        self.crc32 = 0
         self.written = 0
         self._buffer = memoryview(bytearray(BLOCK_BYTES))
         self._filled = 0
@@ -165,7 +170,7 @@ class _HashedOutput:
         self._filled = 0
 
 
-def _stream(piece: Piece, sources: dict[Path, int], output: _HashedOutput) -> None:
+def _stream(piece: Piece, sources: dict[Path, int], output: _BufferedOutput) -> None:
     match piece:
         case CopyBytes(file, offset, length):
             end = offset + length

@@ -65,6 +65,13 @@ def test_what_families_vary(tmp_path, changes):
         assert getattr(mixture.config, name) == value
 
 
+def test_special_tokens_that_the_source_lacks_are_not_invented(tmp_path):
+    save_dense(tmp_path / "dense", eos_token_id=None, bos_token_id=None)
+    quiet(tmp_path / "dense", tmp_path / "moe")
+    config = AutoConfig.from_pretrained(tmp_path / "moe")
+    assert (config.eos_token_id, config.bos_token_id) == (None, None)
+
+
 def test_generation_is_the_same(tmp_path):
     dense = save_dense(tmp_path / "dense")
     quiet(tmp_path / "dense", tmp_path / "moe")

@@ -91,6 +91,14 @@ def test_another_plan_into_a_half_written_folder(dense, tmp_path):
     assert json.loads((tmp_path / "moe" / "config.json").read_text())["num_local_experts"] == 8
 
 
+def test_another_source_of_the_same_shape_into_a_half_written_folder(dense, tmp_path):
+    upcycle(dense, tmp_path / "moe", check_tokens=0, progress=False)
+    (tmp_path / "moe" / "config.json").unlink()
+    tiny_model("llama", "causal_lm", seed=1).save_pretrained(tmp_path / "tuned")
+    with pytest.raises(ValueError, match="another plan: other sources"):
+        upcycle(tmp_path / "tuned", tmp_path / "moe", check_tokens=0, progress=False)
+
+
 def test_every_target_exists():
     for pair in PAIRS.values():
         assert hasattr(transformers, pair.architecture)

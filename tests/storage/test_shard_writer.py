@@ -97,7 +97,7 @@ def test_what_was_planned_is_what_safetensors_loads(tmp_path, source, small_bloc
     assert set(contents(out)) == {shard.name for shard in shards} | index
 
 
-def test_the_journal_tells_size_and_hash_of_every_shard(tmp_path, source, small_blocks):
+def test_the_journal_tells_size_and_checksum_of_every_shard(tmp_path, source, small_blocks):
     shards = plan(source, 60)
     write_shards(tmp_path / "out", shards, "digest")
     first, *lines = journal(tmp_path / "out")
