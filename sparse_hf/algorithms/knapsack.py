@@ -25,8 +25,7 @@ def choose_counts(
         values: of each group, the value of each option; any sign.
         costs: of each group, the cost of each option, at least 0, in the unit of `budget`.
         budget: the most that the chosen options may cost together.
-        resolution: number of steps. Time and memory grow with it: 64 groups of 200 options take about a third of a
-            second at 4096.
+        resolution: number of steps. Time and memory grow with it.
 
     Returns:
         the index of the chosen option of each group.
@@ -107,4 +106,4 @@ def _check_problem(
     if not math.isfinite(budget):
         raise ValueError(f"`budget` must be finite, got {budget}: pass the total of `costs` to allow everything.")
     if resolution < 1:
-        raise ValueError(f"`resolution` must be at least 1, got {resolution}: 4096 wastes little and is quick.")
+        raise ValueError(f"`resolution` must be at least 1, got {resolution}: 4096 wastes little.")

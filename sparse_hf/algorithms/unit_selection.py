@@ -89,8 +89,8 @@ def tied_at_cut(scores: Sequence[Tensor], masks: Sequence[Tensor], scope: Litera
 
     Ask before a draw is trusted. AdamW's first step moves every coefficient by exactly its learning rate, up or down,
     so that about half of all scores are equal; before it all are. Such masks agree with each other by index, and look
-    settled. Later ties are coincidences: fp32 coefficients near 1 fall on a grid, and of 3072 of them two to four
-    often share the score at the cut. Hence the cut counts as tied only where the equal scores on both sides of it
+    settled. Later ties are coincidences: fp32 coefficients near 1 fall on a grid, and a few of thousands may
+    share the score at the cut. Hence the cut counts as tied only where the equal scores on both sides of it
     make up more than 1 % of the units that compete.
 
     Args:
