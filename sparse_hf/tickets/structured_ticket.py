@@ -2,7 +2,6 @@
 
 import dataclasses
 import reprlib
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -13,13 +12,19 @@ from torch import Tensor, nn
 from sparse_hf.algorithms.bits import pack_bits, unpack_bits
 from sparse_hf.algorithms.settling import unit_mask_distance
 from sparse_hf.storage.durable import write_json
-from sparse_hf.storage.locations import local_folder, push_folder
+from sparse_hf.storage.locations import local_folder
 from sparse_hf.storage.mask_file import load_bits, save_bits
 from sparse_hf.tickets.config_checks import check_choice
 from sparse_hf.tickets.draw_units import draw_units, magnitude_scores
 from sparse_hf.tickets.early_bird_config import EarlyBirdConfig
 from sparse_hf.tickets.origin import TicketOrigin, origin_of, read_origin
-from sparse_hf.tickets.ticket_folder import DESCRIPTION_FILE, UNITS_FILE, find_masks_file, write_ticket_folder
+from sparse_hf.tickets.ticket_folder import (
+    DESCRIPTION_FILE,
+    UNITS_FILE,
+    find_masks_file,
+    push_ticket,
+    write_ticket_folder,
+)
 
 
 KINDS = ("heads", "neurons")
@@ -165,10 +170,7 @@ class StructuredTicket:
         commit_message: str = "Upload structured ticket",
     ) -> str:
         """Upload the ticket, creating the repository if needed; returns the address of the commit."""
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) / "ticket"
-            self.save_pretrained(folder)
-            return push_folder(folder, repo_id, private, token, commit_message)
+        return push_ticket(self.save_pretrained, repo_id, private, token, commit_message)
 
     def description(self) -> dict:
         """What `sparse_hf.json` says: origin, and how many units of how many stay, in all and per layer."""

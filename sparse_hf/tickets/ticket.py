@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,13 +13,13 @@ from sparse_hf.algorithms.masking import sign_extended, zero_pruned_
 from sparse_hf.anatomy.canonical_names import named_canonical_parameters
 from sparse_hf.anatomy.sites import find_sites
 from sparse_hf.storage.durable import write_json
-from sparse_hf.storage.locations import local_folder, push_folder
+from sparse_hf.storage.locations import local_folder
 from sparse_hf.storage.mask_file import MASKS_FILE, load_bits, save_bits
 from sparse_hf.tickets.draw import join_sites
 from sparse_hf.tickets.fingerprint import base_fingerprint
 from sparse_hf.tickets.fit import misfits, near
 from sparse_hf.tickets.origin import TicketOrigin, origin_of, read_origin
-from sparse_hf.tickets.ticket_folder import DESCRIPTION_FILE, find_masks_file, write_ticket_folder
+from sparse_hf.tickets.ticket_folder import DESCRIPTION_FILE, find_masks_file, push_ticket, write_ticket_folder
 
 
 class Ticket:
@@ -209,10 +208,7 @@ class Ticket:
         commit_message: str = "Upload ticket",
     ) -> str:
         """Upload the ticket, creating the repository if needed; returns the address of the commit."""
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) / "ticket"
-            self.save_pretrained(folder)
-            return push_folder(folder, repo_id, private, token, commit_message)
+        return push_ticket(self.save_pretrained, repo_id, private, token, commit_message)
 
     def description(self) -> dict:
         """What `sparse_hf.json` says: origin, and sparsity with its denominators."""

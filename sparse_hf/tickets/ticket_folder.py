@@ -1,10 +1,12 @@
 """The folder of a ticket: what is in it, and what reads it?"""
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from sparse_hf.storage.checked_json import field, read_json
 from sparse_hf.storage.durable import write_folder
+from sparse_hf.storage.locations import push_folder
 from sparse_hf.storage.mask_file import MASKS_FILE
 
 
@@ -31,6 +33,16 @@ def write_ticket_folder(folder: Path, masks_file: str, write: Callable[[Path], N
         found = repr(strangers[0]) if strangers else "a file"
         raise FileExistsError(f"`{folder}` must be new or hold an older ticket, found {found}. Choose another folder.")
     write_folder(folder, write)
+
+
+def push_ticket(
+    save: Callable[[Path], object], repo_id: str, private: bool | None, token: str | bool | None, commit_message: str
+) -> str:
+    """Upload what `save` writes into a folder, creating the repository if needed; returns the commit's address."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "ticket"
+        save(folder)
+        return push_folder(folder, repo_id, private, token, commit_message)
 
 
 def find_masks_file(folder: Path, masks_file: str) -> Path:

@@ -19,8 +19,8 @@ from sparse_hf.tickets.latency_table import LatencyTable
 
 logger = logging.getLogger(__name__)
 
-CHECKS_FILE = "early_bird_checks.json"
-CHECKED_MASKS_FILE = "early_bird_checks.safetensors"
+HISTORY_FILE = "mask_history.json"
+HISTORY_MASKS_FILE = "mask_history.safetensors"
 
 
 class EarlyBirdDetector(TrainerCallback):
@@ -121,11 +121,11 @@ class EarlyBirdDetector(TrainerCallback):
         named = {f"{n}.{key}": mask for n, (_, masks) in enumerate(self.checks) for key, mask in masks.items()}
         if named:
             shapes = {name: tuple(mask.shape) for name, mask in named.items()}
-            save_bits(folder / CHECKED_MASKS_FILE, {name: pack_bits(mask) for name, mask in named.items()}, shapes)
+            save_bits(folder / HISTORY_MASKS_FILE, {name: pack_bits(mask) for name, mask in named.items()}, shapes)
         counted = [step for step, _ in self._history.entries]
         steps = [step for step, _ in self.checks]
         content = {"steps": steps, "counted": counted, "drawn_at": self.drawn_at, "settled": self.settled}
-        write_json(folder / CHECKS_FILE, content)
+        write_json(folder / HISTORY_FILE, content)
 
     def restore(self, folder: Path) -> None:
         """Continue from what `save` wrote.
@@ -133,12 +133,12 @@ class EarlyBirdDetector(TrainerCallback):
         Raises:
             FileNotFoundError, ValueError: the checkpoint is not one of an early-bird search, or damaged.
         """
-        content = read_json(folder / CHECKS_FILE)
+        content = read_json(folder / HISTORY_FILE)
         steps = content["steps"]
         self.drawn_at, self.settled = content["drawn_at"], content["settled"]
         self.checks = [(step, {}) for step in steps]
         if steps:
-            bits, shapes = load_bits(folder / CHECKED_MASKS_FILE)
+            bits, shapes = load_bits(folder / HISTORY_MASKS_FILE)
             for name, packed in bits.items():
                 number, _, key = name.partition(".")
                 self.checks[int(number)][1][key] = unpack_bits(packed, shapes[name])

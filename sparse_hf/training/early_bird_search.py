@@ -21,7 +21,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
-from transformers import TrainingArguments, set_seed
+from transformers import TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from sparse_hf.anatomy.slim import cut_units
@@ -37,23 +37,17 @@ from sparse_hf.tickets.structured_ticket import StructuredTicket
 from sparse_hf.tickets.ticket_folder import DESCRIPTION_FILE
 from sparse_hf.training.checkpoints import last_complete_checkpoint
 from sparse_hf.training.early_bird_checks import check_before_early_bird
-from sparse_hf.training.early_bird_detector import CHECKS_FILE, EarlyBirdDetector
+from sparse_hf.training.early_bird_detector import HISTORY_FILE, EarlyBirdDetector
 from sparse_hf.training.for_one_training import (
-    forget_tensorboard_folder,
-    with_arguments,
+    train_anew,
     with_callback,
     without_early_stopping,
     without_model_init,
 )
-from sparse_hf.training.search_checks import check_optimizers
-from sparse_hf.training.search_journal import SearchJournal, open_journal
-from sparse_hf.training.snapshot import restore_snapshot, save_snapshot
-from sparse_hf.training.stateful_callbacks import (
-    callback_states,
-    set_callback_states,
-    states_in_checkpoint,
-    stopped_early,
-)
+from sparse_hf.training.search_checks import check_optimizers, check_resume
+from sparse_hf.training.search_journal import SearchJournal, begin_search, open_journal
+from sparse_hf.training.snapshot import restore_snapshot
+from sparse_hf.training.stateful_callbacks import callback_states, stopped_early
 from sparse_hf.training.step_timer import StepTimer
 
 
@@ -124,10 +118,7 @@ class EarlyBirdSearch:
             ValueError, FileExistsError: the search cannot be right; nothing was trained or written.
         """
         trainer = self.trainer
-        if not isinstance(resume, (bool, type(None))) and Path(resume) != Path(trainer.args.output_dir):
-            raise ValueError(
-                f"A search is resumed by `resume_from_checkpoint=True` with its `output_dir`, got {resume!r}."
-            )
+        check_resume(trainer, resume)
         if self._cut_already:
             raise ValueError(
                 "A search begins with a whole model, but this trainer's is cut already "
@@ -138,7 +129,7 @@ class EarlyBirdSearch:
         check_before_early_bird(trainer, self.config)
         journal = open_journal(self._folder, config_to_dict(self.config), bool(resume))
         self._pristine = callback_states(trainer) | self._pristine
-        self._begin(journal)
+        begin_search(trainer, journal, self._start)
         done = bool(journal.rounds)
         bar = tqdm(
             total=2 + self.config.final_training,
@@ -185,13 +176,6 @@ class EarlyBirdSearch:
         if strength:
             optimizer.register_step_pre_hook(add_l1_gradient)
 
-    def _begin(self, journal: SearchJournal) -> None:
-        self.trainer.accelerator.wait_for_everyone()  # until every rank has seen the folder as it was
-        if self.trainer.args.should_save and not journal.rounds and not (self._folder / "search.json").is_file():
-            save_snapshot(self.trainer.model, self._start)
-            journal.save()
-        self.trainer.accelerator.wait_for_everyone()
-
     def _search(self, timer: StepTimer) -> TrainOutput:
         """Stage 1: train everything, with coefficients, until the mask is to be drawn."""
         trainer, config = self.trainer, self.config
@@ -200,7 +184,7 @@ class EarlyBirdSearch:
         epoch = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[1]
         self._coefficients = UnitCoefficients.attach(trainer.model, config.unit_table)
         self._detector = EarlyBirdDetector(self._coefficients, config, epoch, latency)
-        checkpoint = last_complete_checkpoint(self._folder / "search", needed=CHECKS_FILE)
+        checkpoint = last_complete_checkpoint(self._folder / "search", needed=HISTORY_FILE)
         if checkpoint is not None:
             self._detector.restore(checkpoint)
         self.stage = 1
@@ -289,15 +273,9 @@ class EarlyBirdSearch:
         return output
 
     def _train_once(self, arguments: TrainingArguments, checkpoint: Path | None, timer: StepTimer) -> TrainOutput:
-        trainer = self.trainer
-        trainer.optimizer = trainer.lr_scheduler = None
-        trainer.model_wrapped = trainer.model
-        states = self._pristine if checkpoint is None else self._pristine | states_in_checkpoint(checkpoint)
-        set_callback_states(trainer, states)
-        forget_tensorboard_folder(trainer)
-        set_seed(trainer.args.seed)
-        with with_arguments(trainer, arguments), with_callback(trainer, timer):
-            return trainer.train_once(None if checkpoint is None else str(checkpoint))
+        self.trainer.model_wrapped = self.trainer.model  # without the coefficients' or the whole model's wrapper
+        with with_callback(self.trainer, timer):
+            return train_anew(self.trainer, arguments, checkpoint, self._pristine)
 
     def _report(self, searched: StepTimer, trained: StepTimer) -> dict[str, float]:
         """Seconds of each stage, and what they saved of the same training of the whole model.

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from transformers import (
     EarlyStoppingCallback,
@@ -11,10 +12,17 @@ from transformers import (
     TrainerControl,
     TrainerState,
     TrainingArguments,
+    set_seed,
 )
 from transformers.integrations import TensorBoardCallback
+from transformers.trainer_utils import TrainOutput
 
 from sparse_hf.training.snapshot import save_snapshot
+from sparse_hf.training.stateful_callbacks import set_callback_states, states_in_checkpoint
+
+
+if TYPE_CHECKING:
+    from sparse_hf.training.trainer import SparseTrainer
 
 
 class TakeSnapshot(TrainerCallback):
@@ -79,8 +87,21 @@ def without_early_stopping(trainer: Trainer) -> Iterator[None]:
             trainer.add_callback(one)
 
 
-def forget_tensorboard_folder(trainer: Trainer) -> None:
-    """A TensorBoard run of its own for the next training: steps begin at 0 again."""
+def train_anew(
+    trainer: "SparseTrainer", arguments: TrainingArguments, checkpoint: Path | None, counters: dict[str, dict]
+) -> TrainOutput:
+    """One of several trainings of a trainer, as if it were its first: new optimizer, same random numbers.
+
+    Args:
+        arguments: of this training.
+        checkpoint: to continue from.
+        counters: of stateful callbacks before any training; see `callback_states`.
+    """
+    trainer.optimizer = trainer.lr_scheduler = None
+    set_callback_states(trainer, counters if checkpoint is None else counters | states_in_checkpoint(checkpoint))
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback):
-            callback.logging_dir = None
+            callback.logging_dir = None  # a run of its own: steps begin at 0 again
+    set_seed(trainer.args.seed)
+    with with_arguments(trainer, arguments):
+        return trainer.train_once(None if checkpoint is None else str(checkpoint))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from tqdm.auto import tqdm
-from transformers import TrainingArguments, set_seed
+from transformers import TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from sparse_hf.anatomy.canonical_names import head_names, named_canonical_parameters
@@ -32,21 +32,15 @@ from sparse_hf.training.checkpoints import last_complete_checkpoint
 from sparse_hf.training.first_masks import seeded, site_gradients
 from sparse_hf.training.for_one_training import (
     TakeSnapshot,
-    forget_tensorboard_folder,
-    with_arguments,
+    train_anew,
     with_callback,
     without_model_init,
 )
 from sparse_hf.training.round_metrics import metrics_of_weights
-from sparse_hf.training.search_checks import check_before_search, check_optimizers, round_arguments
-from sparse_hf.training.search_journal import SearchJournal, open_journal
+from sparse_hf.training.search_checks import check_before_search, check_optimizers, check_resume, round_arguments
+from sparse_hf.training.search_journal import SearchJournal, begin_search, open_journal
 from sparse_hf.training.snapshot import restore_snapshot, save_snapshot
-from sparse_hf.training.stateful_callbacks import (
-    callback_states,
-    set_callback_states,
-    states_in_checkpoint,
-    stopped_early,
-)
+from sparse_hf.training.stateful_callbacks import callback_states, stopped_early
 
 
 if TYPE_CHECKING:
@@ -109,10 +103,7 @@ class LotterySearch:
         Raises:
             ValueError, FileExistsError: the search cannot be right; nothing was trained or written.
         """
-        if not isinstance(resume, (bool, type(None))) and Path(resume) != Path(self.trainer.args.output_dir):
-            raise ValueError(
-                f"A search is resumed by `resume_from_checkpoint=True` with its `output_dir`, got {resume!r}."
-            )
+        check_resume(self.trainer, resume)
         trainer, config = self.trainer, self.config
         self._folder = Path(trainer.args.output_dir)
         sites = check_before_search(trainer, config)
@@ -120,7 +111,8 @@ class LotterySearch:
         # What a run of this trainer before this one (which may have crashed) left behind must not leak in.
         self._pristine = callback_states(trainer) | self._pristine
         self.seconds = dict.fromkeys(self.seconds, 0.0)
-        self._begin(journal)
+        with self._timed("saving"):
+            begin_search(trainer, journal, self._start)
         self.records = journal.rounds
         finished = len(journal.rounds)
         self._ticket = Ticket.from_pretrained(self._round_folder(finished) / "ticket") if finished else None
@@ -152,14 +144,6 @@ class LotterySearch:
                 trainer.train_under(self.ticket, already_applied=True)  # what is saved from now on carries its masks
         metrics = {f"search_{name}_seconds": seconds for name, seconds in self.seconds.items()}
         return TrainOutput(output.global_step, output.training_loss, output.metrics | metrics)
-
-    def _begin(self, journal: SearchJournal) -> None:
-        with self._timed("saving"):
-            self.trainer.accelerator.wait_for_everyone()  # until every rank has seen the folder as it was
-            if self.trainer.args.should_save and not journal.rounds and not (self._folder / "search.json").is_file():
-                save_snapshot(self.trainer.model, self._start)
-                journal.save()
-            self.trainer.accelerator.wait_for_everyone()
 
     def _run_round(self, number: int, sparsity: float, sites: list[Site], journal: SearchJournal) -> TrainOutput:
         """Rewind, train under the current ticket, prune to `sparsity`, save."""
@@ -211,21 +195,10 @@ class LotterySearch:
             restore_snapshot(trainer.model, self._round_folder(self.round - 1) / "head.safetensors", self._is_head)
         trainer.train_under(self._ticket)
         self.sparsity = self._current_sparsity()
-        trainer.optimizer = trainer.lr_scheduler = None  # new in each round
-        set_callback_states(trainer, self._pristine)
-        forget_tensorboard_folder(trainer)
-        checkpoint = last_complete_checkpoint(folder)
-        if checkpoint is not None:
-            set_callback_states(trainer, states_in_checkpoint(checkpoint))
-        set_seed(trainer.args.seed)
         snapshot = TakeSnapshot(self.config.rewind_step, self._folder / "rewind.safetensors")
         takes_snapshot = self.round == 1 and self.config.rewind_step > 0
-        with (
-            self._timed("training"),
-            with_arguments(trainer, arguments),
-            with_callback(trainer, takes_snapshot and snapshot),
-        ):
-            return trainer.train_once(None if checkpoint is None else str(checkpoint))
+        with self._timed("training"), with_callback(trainer, takes_snapshot and snapshot):
+            return train_anew(trainer, arguments, last_complete_checkpoint(folder), self._pristine)
 
     def _draw(self, number: int, sparsity: float, sites: list[Site]) -> dict:
         trainer, config = self.trainer, self.config

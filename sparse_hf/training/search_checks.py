@@ -47,6 +47,14 @@ def check_before_search(trainer: "SparseTrainer", config: LotteryTicketConfig) -
     return sites
 
 
+def check_resume(trainer: "SparseTrainer", resume: str | bool | None) -> None:
+    """Raise ValueError if `resume` names one checkpoint: a search is more than that."""
+    if not isinstance(resume, (bool, type(None))) and Path(resume) != Path(trainer.args.output_dir):
+        raise ValueError(
+            f"A search is resumed by `resume_from_checkpoint=True` with its `output_dir`, got {resume!r}."
+        )
+
+
 def check_optimizers(trainer: "SparseTrainer") -> None:
     """Raise ValueError if the trainer was given a ready-made optimizer or scheduler: each round needs its own."""
     if trainer.optimizer is not None or trainer.lr_scheduler is not None:

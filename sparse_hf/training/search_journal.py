@@ -2,9 +2,15 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sparse_hf.storage.checked_json import read_json
 from sparse_hf.storage.durable import write_json
+from sparse_hf.training.snapshot import save_snapshot
+
+
+if TYPE_CHECKING:
+    from sparse_hf.training.trainer import SparseTrainer
 
 
 SEARCH_FILE = "search.json"
@@ -23,6 +29,15 @@ class SearchJournal:
         """Write `search.json`."""
         content = {"config": self.config, "rounds": self.rounds, "finished": self.finished}
         write_json(self.folder / SEARCH_FILE, content)
+
+
+def begin_search(trainer: "SparseTrainer", journal: SearchJournal, start: Path) -> None:
+    """Save the model as it was given to `start`, and the journal, unless an earlier run did."""
+    trainer.accelerator.wait_for_everyone()  # until every rank has seen the folder as it was
+    if trainer.args.should_save and not journal.rounds and not (journal.folder / SEARCH_FILE).is_file():
+        save_snapshot(trainer.model, start)
+        journal.save()
+    trainer.accelerator.wait_for_everyone()
 
 
 def open_journal(folder: Path, config: dict, resume: bool) -> SearchJournal:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from sparse_hf.algorithms.bits import pack_bits
 from sparse_hf.storage.mask_file import FORMAT, MASKS_FILE, save_bits
-from sparse_hf.tickets import structured_ticket as module
+from sparse_hf.tickets import structured_ticket, ticket_folder
 from sparse_hf.tickets.origin import TicketOrigin
 from sparse_hf.tickets.structured_ticket import StructuredTicket
 from sparse_hf.tickets.ticket import Ticket
@@ -198,7 +198,7 @@ def test_push_to_hub_uploads_what_from_pretrained_reads(monkeypatch):
         pushed.update(read=StructuredTicket.from_pretrained(folder), folder=Path(folder), options=options)
         return "https://hub/commit/1"
 
-    monkeypatch.setattr(module, "push_folder", push_folder)
+    monkeypatch.setattr(ticket_folder, "push_folder", push_folder)
     assert ticket().push_to_hub("me/t", private=True, token="s") == "https://hub/commit/1"
     assert same(pushed["read"], ticket())
     assert pushed["options"] == ("me/t", True, "s", "Upload structured ticket")
@@ -208,6 +208,6 @@ def test_push_to_hub_uploads_what_from_pretrained_reads(monkeypatch):
 def test_from_pretrained_fetches_two_files_of_the_revision(tmp_path, monkeypatch):
     ticket().save_pretrained(tmp_path)
     calls = []
-    monkeypatch.setattr(module, "local_folder", lambda *args: calls.append(args) or tmp_path)
+    monkeypatch.setattr(structured_ticket, "local_folder", lambda *args: calls.append(args) or tmp_path)
     assert same(StructuredTicket.from_pretrained("me/t", revision="v1", token="s", cache_dir="c"), ticket())
     assert calls == [("me/t", [UNITS_FILE, DESCRIPTION_FILE], "v1", "s", "c")]

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from sparse_hf.storage.mask_file import MASKS_FILE
-from sparse_hf.tickets import ticket as module
+from sparse_hf.tickets import ticket as ticket_module
+from sparse_hf.tickets import ticket_folder
 from sparse_hf.tickets.origin import TicketOrigin
 from sparse_hf.tickets.ticket import DESCRIPTION_FILE, Ticket
 
@@ -149,7 +150,7 @@ def test_push_to_hub_uploads_what_from_pretrained_reads(tmp_path, monkeypatch):
         pushed["options"] = (repo_id, private, token, commit_message)
         return "https://hub/commit/1"
 
-    monkeypatch.setattr(module, "push_folder", push_folder)
+    monkeypatch.setattr(ticket_folder, "push_folder", push_folder)
     assert ticket().push_to_hub("me/t", private=True, token="s") == "https://hub/commit/1"
     assert pushed["read"].distance(ticket()) == 0
     assert pushed["files"] == [DESCRIPTION_FILE, MASKS_FILE]
@@ -160,6 +161,6 @@ def test_push_to_hub_uploads_what_from_pretrained_reads(tmp_path, monkeypatch):
 def test_from_pretrained_fetches_two_files_of_the_revision(tmp_path, monkeypatch):
     ticket().save_pretrained(tmp_path / "t")
     calls = []
-    monkeypatch.setattr(module, "local_folder", lambda *args: calls.append(args) or tmp_path / "t")
+    monkeypatch.setattr(ticket_module, "local_folder", lambda *args: calls.append(args) or tmp_path / "t")
     assert Ticket.from_pretrained("me/t", revision="v1", token="s", cache_dir="c").sparsity == 0.5
     assert calls == [("me/t", [MASKS_FILE, DESCRIPTION_FILE], "v1", "s", "c")]

@@ -225,8 +225,8 @@ def test_there_is_no_ticket_before_the_draw(tmp_path):
 
 def test_a_damaged_list_of_looks(tmp_path):
     detector = EarlyBirdDetector(SimpleNamespace(), early_bird(), 4)
-    with pytest.raises(FileNotFoundError, match="early_bird_checks.json"):
+    with pytest.raises(FileNotFoundError, match="mask_history.json"):
         detector.restore(tmp_path)
-    (tmp_path / "early_bird_checks.json").write_text("{")
+    (tmp_path / "mask_history.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
         detector.restore(tmp_path)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import TrainerState
 
 from sparse_hf.tickets.structured_ticket import StructuredTicket
-from sparse_hf.training import early_bird_detector, early_bird_search
+from sparse_hf.training import early_bird_detector, early_bird_search, search_journal
 from sparse_hf.training.search_journal import SearchJournal
 from training.tiny_early_bird import bird_trainer, early_bird, fake_latency, whole_bert
 from training.tiny_training import (
@@ -120,7 +120,7 @@ def test_the_draws_checkpoint_is_not_trained_on(tmp_path, whole, monkeypatch):
     assert steps == [("Slim", step) for step in range(1, 8)]
 
 
-@pytest.mark.parametrize("moment", [(early_bird_search, "save_snapshot", 1), (SearchJournal, "save", 1)])
+@pytest.mark.parametrize("moment", [(search_journal, "save_snapshot", 1), (SearchJournal, "save", 1)])
 def test_killed_before_anything_was_written(tmp_path, whole, moment, monkeypatch):
     """Then the search begins with the model that is there."""
     with monkeypatch.context() as patched:
@@ -130,7 +130,7 @@ def test_killed_before_anything_was_written(tmp_path, whole, moment, monkeypatch
     assert_same_outcome(whole, outcome(resume(tmp_path, model=whole_bert())))
 
 
-CUT_OFF = ["model.safetensors", "optimizer.pt", "early_bird_checks.safetensors", "early_bird_checks.json"]
+CUT_OFF = ["model.safetensors", "optimizer.pt", "mask_history.safetensors", "mask_history.json"]
 
 
 @pytest.mark.parametrize("name", [*CUT_OFF, "trainer_state.json"])
@@ -155,7 +155,7 @@ def test_a_checkpoint_without_the_looks_is_passed_over(tmp_path, whole, step):
     content = json.loads((tmp_path / "search.json").read_text())
     (tmp_path / "search.json").write_text(json.dumps({**content, "rounds": []}))
     for number in range(step, 5, 2):
-        (tmp_path / "search" / f"checkpoint-{number}" / "early_bird_checks.json").unlink()
+        (tmp_path / "search" / f"checkpoint-{number}" / "mask_history.json").unlink()
     begins = []
     look = AtBegin(lambda state, **_: begins.append(state.global_step))
     assert_same_outcome(whole, outcome(resume(tmp_path, callbacks=[look])))
