@@ -9,25 +9,19 @@ not repeated; several processes may run at once. `--report` prints the tables in
 """
 
 import argparse
-import contextlib
-import fcntl
-import gc
-import io
 import json
-import runpy
-import statistics
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from recipe_runs import cell, finished, print_commands, run_once, run_recipe
 
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "earlybert_glue.py"
 SEEDS = (0, 1, 2)
 BUDGETS = {"third": ("0.3333", "0.4"), "half": ("0.5", "0.6")}  # fractions of heads and of neurons that are cut
 MODES = ("search", "random", "magnitude")
-DENSE_EPOCHS, SLIM_EPOCHS = "3", "2"
+DENSE_EPOCHS = "3"
 
 
 class Task(NamedTuple):
@@ -79,9 +73,9 @@ def command(options: argparse.Namespace, run: Run, folder: Path) -> list[str]:
         *("--model_name_or_path", options.model_name_or_path, "--mode", run.mode, "--task_name", run.task),
         *("--train_file", str(data / task.train), "--validation_file", str(data / task.validation)),
         *("--max_train_samples", str(options.rows or task.rows), "--max_length", "128", "--seed", str(run.seed)),
-        *("--num_train_epochs", DENSE_EPOCHS if dense else SLIM_EPOCHS),
+        *("--num_train_epochs", DENSE_EPOCHS if dense else str(options.slim_epochs)),
         *("--learning_rate", f"{task.learning_rate * (1 if dense else 2):g}"),
-        *("--per_device_train_batch_size", "16", "--per_device_eval_batch_size", "64"),
+        *("--per_device_train_batch_size", str(options.batch_size), "--per_device_eval_batch_size", "64"),
         *("--train_sampling_strategy", "group_by_length", "--eval_strategy", "no", "--save_strategy", "no"),
         *("--report_to", "none", "--disable_tqdm", "true", "--logging_steps", "50", "--output_dir", str(folder)),
     ]
@@ -97,70 +91,33 @@ def command(options: argparse.Namespace, run: Run, folder: Path) -> list[str]:
 
 def claim_and_do(options: argparse.Namespace, run: Run) -> bool:
     """Do a run unless its result is there, another process holds it, or what it needs is missing."""
-    folder = Path(options.output_dir) / run.name
-    needed = folder.parent / run._replace(mode="search").name / "done.json"
-    if (folder / "done.json").is_file() or (run.mode == "random" and not needed.is_file()):
+    found = Path(options.output_dir) / run._replace(mode="search").name / "done.json"
+    if run.mode == "random" and not found.is_file():
         return False
-    locks = Path(options.output_dir) / "locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    with (locks / run.name).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        if not (folder / "done.json").is_file():
-            do(options, run, folder)
-        return True
+    return run_once(options.output_dir, run.name, lambda folder: do(options, run, folder), keep_bytes=1 << 20)
 
 
-def do(options: argparse.Namespace, run: Run, folder: Path) -> None:
-    """One run of the recipe in this process."""
+def do(options: argparse.Namespace, run: Run, folder: Path) -> dict:
+    """One run of the recipe; its record."""
     arguments = command(options, run, folder)
-    start, start_cpu = time.time(), time.process_time()
-    print(f"{run.name} ...", flush=True)
     if (folder / "search.json").is_file():
         arguments += ["--resume_from_checkpoint", "true"]
-    before, sys.argv = sys.argv, [str(RECIPE), *arguments]
-    sys.path.insert(0, str(RECIPE.parent))
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            runpy.run_path(str(RECIPE), run_name="__main__")
-    finally:
-        sys.argv = before
-    metric = f"eval_{TASKS[run.task].metric}"
+    run_recipe(RECIPE, arguments)
     evaluation = json.loads((folder / "eval_results.json").read_text())
-    training = json.loads((folder / "train_results.json").read_text())
     record = {
-        "value": evaluation[metric],
+        "value": evaluation[f"eval_{TASKS[run.task].metric}"],
         "parameters": evaluation["parameters"],
         "command": " ".join(arguments),
-        "seconds": time.time() - start,
-        "cpu_seconds": time.process_time() - start_cpu,
-        "train": training,
+        "train": json.loads((folder / "train_results.json").read_text()),
     }
     if run.mode == "search":
         record["drawn"] = json.loads((folder / "search.json").read_text())["rounds"][0]
-    for large in folder.rglob("*.safetensors"):
-        if large.stat().st_size > 1 << 20:
-            large.unlink()  # weights are not needed again; tickets are
-    (folder / "done.json").write_text(json.dumps(record, indent=2))
-    print(f"{run.name}: {record['value']:.4f} in {record['seconds']:.0f} s", flush=True)
-    gc.collect()
+    return record
 
 
 def records(options: argparse.Namespace, task: str, budget: str, mode: str) -> list[dict]:
     """The finished runs of all seeds."""
-    files = [Path(options.output_dir) / Run(task, budget, mode, seed).name / "done.json" for seed in SEEDS]
-    return [json.loads(file.read_text()) for file in files if file.is_file()]
-
-
-def cell(values: list[float], scale: float = 100, digits: int = 1) -> str:
-    """Mean ± standard deviation and every seed."""
-    if not values:
-        return "not run"
-    seeds = " / ".join(f"{scale * value:.{digits}f}" for value in values)
-    spread = f" ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{scale * statistics.mean(values):.{digits}f}{spread} ({seeds})"
+    return finished(options.output_dir, [Run(task, budget, mode, seed).name for seed in SEEDS])
 
 
 def report(options: argparse.Namespace) -> None:
@@ -179,14 +136,13 @@ def report(options: argparse.Namespace) -> None:
         dense = records(options, task, "", "dense")
         for budget in options.budgets:
             found = records(options, task, budget, "search")
-            epoch = -(-(options.rows or TASKS[task].rows) // 16)
+            epoch = -(-(options.rows or TASKS[task].rows) // options.batch_size)
             steps = ", ".join(f"{one['drawn']['drawn_at']} ({one['drawn']['drawn_at'] / epoch:.2f})" for one in found)
             # Of whole commands: loading, the search, training and the evaluation at the end.
             ratios = [ours["cpu_seconds"] / theirs["cpu_seconds"] for ours, theirs in zip(found, dense, strict=False)]
             sizes = ", ".join(f"{one['parameters'] / 1e6:.1f} M" for one in found)
             print(f"| {task} | {budget} | {steps} | {sizes} | {cell(ratios, 1, 2)} |")
-    for file in sorted(Path(options.output_dir).glob("*-0/done.json")):
-        print(f"\n{file.parent.name}: `python recipes/earlybert_glue.py {json.loads(file.read_text())['command']}`")
+    print_commands(options.output_dir, RECIPE)
 
 
 def main() -> None:
@@ -200,6 +156,10 @@ def main() -> None:
     parser.add_argument("--modes", nargs="*", choices=MODES, default=list(MODES))
     parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=list(SEEDS))
     parser.add_argument("--rows", type=int, help="other training rows than the tasks' own; takes a folder of its own")
+    parser.add_argument("--batch_size", type=int, default=16, help="with another, take a folder of its own")
+    parser.add_argument(
+        "--slim_epochs", type=int, default=2, help="3 trains as long as dense; takes a folder of its own"
+    )
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
     if options.report:

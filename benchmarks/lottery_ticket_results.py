@@ -10,17 +10,13 @@ kept beside its result. `--report` prints the tables in Markdown and runs nothin
 """
 
 import argparse
-import contextlib
-import fcntl
-import gc
-import io
 import json
-import runpy
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
+
+from recipe_runs import cell, finished, print_commands, run_once, run_recipe
 
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "lottery_ticket_glue.py"
@@ -73,59 +69,30 @@ def command(options: argparse.Namespace, task: str, seed: int, mode: str, folder
 
 def claim_and_run(options: argparse.Namespace, task: str, seed: int, mode: str, name: str, *more: str) -> bool:
     """Do one run unless its result is there or another process holds it; whether it was done now."""
-    folder = Path(options.output_dir) / name
-    if (folder / "done.json").is_file():
-        return False
-    locks = Path(options.output_dir) / "locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    with (locks / name).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        if not (folder / "done.json").is_file():
-            run(options, task, seed, mode, name, *more)
-        return True
+
+    def run(folder: Path) -> dict:
+        return do(task, mode, folder, command(options, task, seed, mode, folder, *more))
+
+    return run_once(options.output_dir, name, run, keep_bytes=16 << 20)
 
 
-def run(options: argparse.Namespace, task: str, seed: int, mode: str, name: str, *more: str) -> None:
-    """One run of the recipe in this process."""
-    folder = Path(options.output_dir) / name
-    arguments = command(options, task, seed, mode, folder, *more)
-    start = time.time()
-    print(f"{name} ...", flush=True)
+def do(task: str, mode: str, folder: Path, arguments: list[str]) -> dict:
+    """One run of the recipe; its record."""
     if mode == "search" and (folder / "search.json").is_file():
         arguments += ["--resume_from_checkpoint", "true"]
-    before, sys.argv = sys.argv, [str(RECIPE), *arguments]
-    sys.path.insert(0, str(RECIPE.parent))
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            runpy.run_path(str(RECIPE), run_name="__main__")
-    finally:
-        sys.argv = before
+    run_recipe(RECIPE, arguments)
     metric = f"eval_{TASKS[task].metric}"
-    result = json.loads((folder / "eval_results.json").read_text())
-    record = {
-        "metric": metric,
-        "value": result[metric],
-        "command": " ".join(arguments),
-        "seconds": time.time() - start,
-    }
+    value = json.loads((folder / "eval_results.json").read_text())[metric]
+    record = {"metric": metric, "value": value, "command": " ".join(arguments)}
     if mode == "search":
         rounds = json.loads((folder / "search.json").read_text())["rounds"]
-        record["curve"] = [one["metrics"][metric] for one in rounds] + [result[metric]]
-    for large in folder.rglob("*.safetensors"):
-        if large.stat().st_size > 16 << 20:
-            large.unlink()  # weights are not needed again; tickets are
-    (folder / "done.json").write_text(json.dumps(record, indent=2))
-    print(f"{name}: {record['value']:.4f} in {record['seconds']:.0f} s", flush=True)
-    gc.collect()
+        record["curve"] = [one["metrics"][metric] for one in rounds] + [value]
+    return record
 
 
 def curves(options: argparse.Namespace, task: str) -> list[list[float]]:
     """Per seed: the metric at 0 zeros, then at each sparsity of the search. Empty until all seeds are there."""
-    files = [Path(options.output_dir) / f"{task}-search-{seed}" / "done.json" for seed in SEEDS]
-    return [json.loads(file.read_text())["curve"] for file in files if file.is_file()]
+    return [one["curve"] for one in finished(options.output_dir, [f"{task}-search-{seed}" for seed in SEEDS])]
 
 
 def matching_round(options: argparse.Namespace, task: str) -> int:
@@ -179,19 +146,9 @@ def work(options: argparse.Namespace) -> None:
         time.sleep(5)
 
 
-def cell(values: list[float]) -> str:
-    """Mean ± standard deviation and every seed, in percent."""
-    if not values:
-        return "not run"
-    seeds = " / ".join(f"{100 * value:.1f}" for value in values)
-    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * statistics.mean(values):.1f}{spread} ({seeds})"
-
-
 def results(options: argparse.Namespace, pattern: str) -> list[float]:
     """Values of the finished runs of all seeds."""
-    files = [Path(options.output_dir) / pattern.format(seed=seed) / "done.json" for seed in SEEDS]
-    return [json.loads(file.read_text())["value"] for file in files if file.is_file()]
+    return [one["value"] for one in finished(options.output_dir, [pattern.format(seed=seed) for seed in SEEDS])]
 
 
 def report(options: argparse.Namespace) -> None:
@@ -223,10 +180,7 @@ def report(options: argparse.Namespace) -> None:
             pattern = f"transfer-{source}-{target}-{{seed}}"
             cells.append(cell(own if source == target else results(options, pattern)))
         print(f"| {source} | " + " | ".join(cells) + " |")
-    for file in sorted(Path(options.output_dir).glob("*-0/done.json")):
-        print(
-            f"\n{file.parent.name}: `python recipes/lottery_ticket_glue.py {json.loads(file.read_text())['command']}`"
-        )
+    print_commands(options.output_dir, RECIPE)
 
 
 def main() -> None:
