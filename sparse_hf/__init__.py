@@ -8,6 +8,7 @@ from sparse_hf.anatomy.registration import register_slim_models
 __version__ = "0.1.0"
 
 __all__ = [
+    "DseeConfig",
     "EarlyBirdConfig",
     "GradualPruningConfig",
     "LotteryTicketConfig",
@@ -17,6 +18,7 @@ __all__ = [
     "StructuredTicket",
     "Ticket",
     "UnitTable",
+    "dsee_sparsity",
     "find_sites",
     "find_units",
     "load_slim",
@@ -29,6 +31,7 @@ __all__ = [
 
 # Imported on first use, so that what a user does not need (matplotlib, typer) is not loaded.
 _HOMES = {
+    "DseeConfig": "sparse_hf.dsee.config",
     "EarlyBirdConfig": "sparse_hf.tickets.early_bird_config",
     "GradualPruningConfig": "sparse_hf.tickets.configs",
     "LotteryTicketConfig": "sparse_hf.tickets.configs",
@@ -38,6 +41,7 @@ _HOMES = {
     "StructuredTicket": "sparse_hf.tickets.structured_ticket",
     "Ticket": "sparse_hf.tickets.ticket",
     "UnitTable": "sparse_hf.anatomy.modeling_slim",
+    "dsee_sparsity": "sparse_hf.dsee.model",
     "find_sites": "sparse_hf.anatomy.sites",
     "find_units": "sparse_hf.anatomy.units",
     "load_slim": "sparse_hf.tickets.slim_model",
@@ -52,10 +56,21 @@ _HOMES = {
 # Slim models are read by `AutoModel....from_pretrained` as soon as sparse_hf is imported, so this cannot wait.
 register_slim_models()
 
+# The same holds for `PeftModel.from_pretrained` and DSEE adapters; without a working PEFT all else still works.
+_NO_PEFT: ImportError | None = None
+try:
+    from sparse_hf.dsee.registration import register_dsee
+except ImportError as error:
+    _NO_PEFT = error
+else:
+    register_dsee()
+
 
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'sparse_hf' has no attribute {name!r}. It has: {', '.join(__all__)}.")
+    if _NO_PEFT is not None and _HOMES[name].startswith("sparse_hf.dsee"):
+        raise ImportError(f"`sparse_hf.{name}` needs PEFT ({_NO_PEFT}): run `pip install 'sparse_hf[peft]'`.")
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 

@@ -46,7 +46,7 @@ def test_import_teaches_the_auto_classes_slim_models_and_loads_nothing_optional(
         "import sys, sparse_hf\n"
         "from transformers import AutoConfig\n"
         "assert type(AutoConfig.for_model('slim_bert')).__name__ == 'SlimBertConfig'\n"
-        "print([name for name in ('matplotlib', 'typer', 'peft', 'datasets') if name in sys.modules])"
+        "print([name for name in ('matplotlib', 'typer', 'trl', 'datasets') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

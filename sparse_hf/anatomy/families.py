@@ -21,7 +21,7 @@ WRAPPERS = {
 }
 
 # peft: the adapter's own weights, by the start of one component of their name.
-ADAPTER_PREFIXES = ("lora_",)
+ADAPTER_PREFIXES = ("lora_", "sparse_hf_dsee_")
 
 # Task heads of the pretrained models that have no base model module beside them and do not call the head output
 # embeddings: T5ForQuestionAnswering, MT5 and UMT5; CLIPForImageClassification, Siglip and MetaCLIP 2.

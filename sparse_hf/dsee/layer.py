@@ -1,0 +1,305 @@
+"""One adapted matrix: W = W0 ⊙ S1 + scaling (U V + S2)."""
+
+import math
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.quantization_utils import resolve_quantization_backend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from sparse_hf.algorithms.bits import pack_bits, unpack_bits
+from sparse_hf.algorithms.sparse_update import Pattern, index_dtype, make_pattern
+from sparse_hf.dsee.baked_mask import BakedMask
+from sparse_hf.dsee.config import DseeConfig
+from sparse_hf.dsee.product import adapted_product, dense_update
+
+
+PREFIX = "sparse_hf_dsee_"
+V_DEVIATION = 0.02  # of V's normal start, as in the released code
+
+
+class DseeLayer(BaseTunerLayer):
+    """What PEFT knows of an adapted matrix.
+
+    Every attribute's name begins with the method's name, by which PEFT and Transformers find what to save. Indices and
+    masks are in the weight's own layout: (out, in), or (in, out) for `Conv1D`.
+    """
+
+    adapter_layer_names = (f"{PREFIX}U", f"{PREFIX}V", f"{PREFIX}values")
+    other_param_names = (f"{PREFIX}indices", f"{PREFIX}mask", f"{PREFIX}scaling", f"{PREFIX}dropout")
+
+    def _begin(self, base_layer: nn.Module, **quantization: Any) -> None:
+        self.base_layer = base_layer
+        self.sparse_hf_dsee_U = nn.ParameterDict()  # (out, r)
+        self.sparse_hf_dsee_V = nn.ParameterDict()  # (r, in)
+        self.sparse_hf_dsee_values = nn.ParameterDict()  # (nnz,)
+        self.sparse_hf_dsee_indices = BufferDict(persistent=True)  # (nnz,), sorted
+        self.sparse_hf_dsee_mask = BufferDict(persistent=True)  # S1, eight weights per byte
+        self.sparse_hf_dsee_scaling: dict[str, float] = {}
+        self.sparse_hf_dsee_dropout = nn.ModuleDict()
+        self.sparse_hf_dsee_baked = BakedMask()
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._before_merge: Tensor | None = None
+        self._patterns: dict[str, tuple[tuple, Pattern]] = {}
+        self._settled: tuple = ()
+        self._looked = False  # whether the files' contents are known to be in force; see `forward`
+        base = self.get_base_layer()
+        self.quantization_backend = resolve_quantization_backend(base, **quantization)
+        self.input_first = isinstance(base, Conv1D)
+        if self.input_first:
+            self.in_features, self.out_features = base.weight.shape
+        else:
+            self.in_features, self.out_features = base.in_features, base.out_features
+        self.register_load_state_dict_post_hook(lambda layer, _: layer.look())
+
+    def pattern(self, adapter_name: str) -> Pattern:
+        """Where S2's entries are."""
+        return self._patterns[adapter_name][1]
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """Of the frozen weight in its own layout."""
+        if self.input_first:
+            return self.in_features, self.out_features
+        return self.out_features, self.in_features
+
+    def update_layer(self, adapter_name: str, config: DseeConfig, tuned: bool, generator: torch.Generator) -> None:
+        """Make room for an adapter. Its support and its mask are chosen, or loaded, afterwards.
+
+        Args:
+            tuned: whether the matrix gets U V and S2, or S1 alone.
+        """
+        if tuned and config.r:
+            self._start_low_rank(adapter_name, config, generator)
+        if tuned and config.nnz:
+            numel = math.prod(self.weight_shape)
+            if config.nnz > numel:
+                raise ValueError(
+                    f"`nnz` must be at most {numel}, the weights of a target matrix of shape {self.weight_shape}, "
+                    f"got {config.nnz}: lower it or leave that module out."
+                )
+            start = torch.zeros(config.nnz)
+            if not config.init_weights:
+                start.normal_(std=V_DEVIATION, generator=generator)
+            self.sparse_hf_dsee_values[adapter_name] = nn.Parameter(start)
+            self.sparse_hf_dsee_indices[adapter_name] = torch.arange(config.nnz, dtype=index_dtype(self.weight_shape))
+        if config.base_sparsity or config.base_pattern:
+            self._check_maskable()
+            everything = torch.full(((math.prod(self.weight_shape) + 7) // 8,), 255, dtype=torch.uint8)
+            spare = -math.prod(self.weight_shape) % 8
+            everything[-1] = 255 >> spare
+            self.sparse_hf_dsee_mask[adapter_name] = everything
+        self.sparse_hf_dsee_scaling[adapter_name] = config.scaling
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _start_low_rank(self, adapter_name: str, config: DseeConfig, generator: torch.Generator) -> None:
+        left, right = torch.zeros(self.out_features, config.r), torch.empty(config.r, self.in_features)
+        right.normal_(std=V_DEVIATION, generator=generator)
+        if not config.init_weights:
+            left.normal_(std=V_DEVIATION, generator=generator)
+        self.sparse_hf_dsee_U[adapter_name] = nn.Parameter(left)
+        self.sparse_hf_dsee_V[adapter_name] = nn.Parameter(right)
+        self.sparse_hf_dsee_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+
+    def _check_maskable(self) -> None:
+        if self.quantization_backend is not None:
+            raise ValueError(
+                f"S1 needs weights that can hold exact zeros, got a base quantized by "
+                f"{self.quantization_backend.backend_name}: prune before quantizing, or use `base_sparsity=0`."
+            )
+
+    # ---- S1 and S2 in force
+
+    @torch.no_grad()
+    def set_mask(self, adapter_name: str, mask: Tensor) -> None:
+        """Give an adapter another S1: bool, in the weight's layout, True = kept."""
+        self._check_maskable()
+        self.sparse_hf_dsee_mask[adapter_name] = pack_bits(mask).to(self.weight.device)
+        self.settle()
+
+    @torch.no_grad()
+    def set_support(self, adapter_name: str, indices: Tensor) -> None:
+        """Give an adapter's S2 other places: flat, sorted, as many as before."""
+        held = self.sparse_hf_dsee_indices[adapter_name]
+        self.sparse_hf_dsee_indices[adapter_name] = indices.to(device=held.device, dtype=held.dtype)
+        self.settle()
+
+    def frozen_weight(self) -> Tensor:
+        """W0: the weight without the masks and updates of any adapter; a copy where it differs from what is held.
+
+        Raises:
+            ValueError: an adapter is merged.
+        """
+        if self.merged:
+            raise ValueError(f"W0 is not at hand while {self.merged_adapters} are merged: unmerge them first.")
+        weight = self.get_base_weight()
+        if self.sparse_hf_dsee_baked.bits is not None:
+            weight = weight.clone()
+            self.sparse_hf_dsee_baked.restore_(weight)
+        return weight
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Bake the active adapters' masks into the weight, if they are not, and index their supports."""
+        weight = self.weight
+        if self.merged or weight.device.type == "meta":
+            return
+        for name, indices in self.sparse_hf_dsee_indices.items():
+            if indices.device.type == "meta":
+                return
+            if name not in self._patterns or self._patterns[name][0] != _state(indices):
+                self._patterns[name] = _state(indices), make_pattern(indices, self.weight_shape)
+        names = [] if self.disable_adapters else [n for n in self.active_adapters if n in self.sparse_hf_dsee_mask]
+        masks = [self.sparse_hf_dsee_mask[name] for name in names]
+        if (now := tuple(_state(mask) for mask in masks)) == self._settled:
+            return
+        self.sparse_hf_dsee_baked.restore_(weight.data)
+        self.sparse_hf_dsee_baked.forget()
+        if masks:
+            kept = [unpack_bits(mask, self.weight_shape) for mask in masks]
+            self.sparse_hf_dsee_baked.bake_(weight.data, torch.stack(kept).all(0))
+        self._settled = now
+
+    def look(self) -> None:
+        """Note that masks and supports may have been loaded in place."""
+        self.settle()
+        self._looked = True
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self.settle()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        super().enable_adapters(enabled)
+        if not enabled and self.merged:
+            self.unmerge()
+        self.settle()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._patterns.pop(adapter_name, None)
+        self.settle()
+
+    # ---- the function
+
+    def _adapted(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if kwargs.pop("adapter_names", None) is not None:
+            raise ValueError("DSEE cannot mix adapters in one batch (`adapter_names`): call `set_adapter` instead.")
+        if torch.compiler.is_compiling():
+            # Transformers loads adapters without telling modules; `train()`, `eval()` or one eager forward makes up
+            # for that. Before any of them the first compiled one stops here once.
+            if not self._looked:
+                _look_outside_the_graph(self)
+        elif not self._looked:
+            self.look()
+        names = [name for name in self.active_adapters if name in self.sparse_hf_dsee_scaling]
+        if self.disable_adapters or self.merged or not names:
+            return self.base_layer(x, *args, **kwargs)
+        return adapted_product(self, x, names)
+
+    # ---- merging
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """scaling (U V + S2), dense, in the weight's layout; PEFT's name for it."""
+        return dense_update(self, adapter_name)
+
+    @torch.no_grad()
+    def merge(
+        self,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        sparse: bool = False,
+        keep_unmerged: bool = True,
+    ) -> float:
+        """Write the sum into the frozen weight.
+
+        Args:
+            safe_merge: check for values that are not finite first.
+            sparse: apply S1 to the sum, so that the merged matrix keeps its zeros; another function than the
+                adapter's.
+            keep_unmerged: a copy, for `unmerge`.
+
+        Returns:
+            What `sparse` took away: the norm of the removed updates over that of the merged matrix.
+        """
+        names = check_adapters_to_merge(self, adapter_names)
+        names = [name for name in names if name in self.sparse_hf_dsee_scaling]
+        if not names:
+            return 0.0
+        if self.merged:
+            names = self.merged_adapters + names
+            self.unmerge()
+        self.settle()
+        before = self.get_base_weight()
+        merged = before.float()
+        for name in names:
+            merged = merged + self.get_delta_weight(name).float()
+        taken = 0.0
+        if sparse:
+            keep = self.sparse_hf_dsee_baked.mask(before)
+            taken = float(merged[~keep].norm() / merged.norm().clamp_min(1e-30))
+            merged = merged.masked_fill(~keep, 0)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {names} seems to be broken.")
+        self._before_merge = before.clone() if keep_unmerged else None
+        self.set_base_weight(merged.to(before.dtype))
+        self.merged_adapters.extend(names)
+        return taken
+
+    def unmerge(self) -> None:
+        """Give the weight back as it was before `merge`, bit for bit (a quantized one: quantized once more)."""
+        if not self.merged or self._before_merge is None:
+            return
+        self.set_base_weight(self._before_merge)
+        self._before_merge, self.merged_adapters = None, []
+        self.settle()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The stock layer: merged, or with W0 in it."""
+        if merge and not self.merged:
+            self.merge(safe_merge, adapter_names, keep_unmerged=False)
+        elif not merge:
+            self.unmerge()
+            self.sparse_hf_dsee_baked.restore_(self.weight.data)
+        self.sparse_hf_dsee_baked.forget()
+        return self.get_base_layer()
+
+
+def _state(tensor: Tensor) -> tuple[int, int]:
+    """Changes when a tensor is replaced or written to."""
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
+@torch.compiler.disable
+def _look_outside_the_graph(layer: DseeLayer) -> None:
+    layer.look()
+
+
+class DseeLinear(nn.Module, DseeLayer):
+    """An adapted `nn.Linear`, `Conv1D`, or quantized linear layer.
+
+    PEFT looks for "Linear" in the name when `all-linear` meets an adapted model.
+    """
+
+    def __init__(self, base_layer: nn.Module, **quantization: Any) -> None:
+        super().__init__()
+        self._begin(base_layer, **quantization)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x Wᵀ + b; shapes as those of the base layer."""
+        return self._adapted(x, *args, **kwargs)
+
+    def train(self, mode: bool = True) -> "DseeLinear":
+        """As any module; a moment to notice what was loaded in place."""
+        self.look()
+        return super().train(mode)
+
+    def __repr__(self) -> str:
+        return "sparse_hf." + super().__repr__()

@@ -1,0 +1,183 @@
+"""DSEE as PEFT sees it: which modules are adapted, and what happens when an adapter is made, loaded or merged."""
+
+import copy
+import logging
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_target_module_exists
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from sparse_hf.dsee.choices import choose_masks, choose_support, fingerprint, seeded
+from sparse_hf.dsee.config import DseeConfig
+from sparse_hf.dsee.layer import PREFIX, DseeLayer, DseeLinear
+
+
+logger = logging.getLogger(__name__)
+
+
+class DseeModel(BaseTuner):
+    """The tuner that `get_peft_model` makes for a `DseeConfig`. Users work with the `PeftModel` around it."""
+
+    prefix = PREFIX
+    tuner_layer_cls = DseeLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter: choose its support and mask, or check the base if a file is about to be read."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        layers = {name: layer for name, layer in _dsee_layers(model) if adapter_name in layer.sparse_hf_dsee_scaling}
+        found = fingerprint(layers)
+        config.found_on(found)
+        if config.base_fingerprint is not None:
+            _check_base(config, adapter_name, found)
+            return
+        tuned = {name for name, layer in layers.items() if adapter_name in _trained(layer)}
+        for name, layer in layers.items():
+            if adapter_name in layer.sparse_hf_dsee_values:
+                layer.set_support(adapter_name, choose_support(layer, name, config))
+        if config.base_sparsity or config.base_pattern:
+            for name, mask in choose_masks(layers, tuned, config).items():
+                layers[name].set_mask(adapter_name, mask)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: DseeConfig, key: str) -> Any:
+        tuned = check_target_module_exists(peft_config, key)
+        if tuned or isinstance(tuned, _ExcludedModule):
+            return tuned
+        return _is_masked(peft_config, key)
+
+    def _create_and_replace(
+        self,
+        peft_config: DseeConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if parameter_name is not None:
+            raise ValueError(f"DSEE adapts modules, not single parameters, got `{parameter_name}` of {current_key}.")
+        tuned = bool(check_target_module_exists(peft_config, current_key))
+        generator = seeded(peft_config.seed, current_key)
+        if isinstance(target, DseeLayer):
+            target.update_layer(adapter_name, peft_config, tuned, generator)
+            return
+        quantization = get_quantization_kwargs(self)
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        backend = resolve_quantization_backend(base, **quantization)
+        if not isinstance(base, (nn.Linear, Conv1D)) and getattr(backend, "layer_type", None) != "linear":
+            raise TypeError(
+                f"DSEE adapts linear layers (`nn.Linear`, `Conv1D`, quantized ones), got {type(base).__name__} at "
+                f"`{current_key}`: leave it out of `target_modules`, or name it in `modules_to_save`."
+            )
+        adapted = DseeLinear(target, **quantization)
+        adapted._active_adapter = adapter_name
+        adapted.update_layer(adapter_name, peft_config, tuned, generator)
+        if adapter_name not in self.active_adapters:
+            adapted.requires_grad_(False)
+        self._replace_module(parent, target_name, adapted, target)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: DseeConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """As PEFT's, but refuse a file that does not fill the adapter or holds more than it."""
+        renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        held = {key: value for key, value in model.state_dict().items() if f".{PREFIX}" in key}
+        wanted = {key for key in held if key.endswith(f".{adapter_name}")}
+        given = {key for key in renamed if f".{PREFIX}" in key}
+        if problems := sorted(wanted ^ given):
+            raise ValueError(
+                f"The adapter's file and its config disagree, got {len(problems)} tensors in only one of them "
+                f"({', '.join(problems[:3])}): the file is damaged or belongs to another model."
+            )
+        for key in sorted(wanted):
+            if renamed[key].shape != held[key].shape:
+                raise ValueError(
+                    f"`{key}` must have shape {tuple(held[key].shape)} by the adapter's config and this model, got "
+                    f"{tuple(renamed[key].shape)} in its file: it belongs to another model."
+                )
+        return renamed
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        sparse: bool = False,
+    ) -> nn.Module:
+        """The stock model with the adapters in its weights.
+
+        Args:
+            sparse: apply S1 to the sum too. Without it U V fills S1's zeros, as in the paper; with it the merged
+                matrices keep them, and the function changes: a log line says by how much.
+        """
+        if sparse:
+            layers = [layer for _, layer in _dsee_layers(self.model)]
+            taken = [layer.merge(safe_merge, adapter_names, sparse=True, keep_unmerged=False) for layer in layers]
+            logger.warning(
+                "The sparse merge left out updates under S1: %.2g of a merged matrix's norm on average, %.2g at most. "
+                "Evaluate the merged model.",
+                sum(taken) / max(1, len(taken)),
+                max(taken, default=0.0),
+            )
+        return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+
+
+class DseeSparsity(NamedTuple):
+    """Shares of zeros over all adapted matrices, in [0, 1]."""
+
+    base: float  # of W0 ⊙ S1
+    merged: float  # of W0 ⊙ S1 + scaling (U V + S2), which U V makes dense
+
+
+@torch.no_grad()
+def dsee_sparsity(model: nn.Module) -> DseeSparsity:
+    """How sparse the adapted matrices of a model are, with its active adapters, before and after a merge."""
+    zeros = merged = count = 0
+    for _, layer in _dsee_layers(model):
+        layer.settle()
+        weight = layer.get_base_weight()
+        names = [name for name in layer.active_adapters if name in layer.sparse_hf_dsee_scaling]
+        total = weight.float() + sum(layer.get_delta_weight(name).float() for name in names)
+        count, zeros, merged = (
+            count + weight.numel(),
+            zeros + int((weight == 0).sum()),
+            merged + int((total == 0).sum()),
+        )
+    return DseeSparsity(zeros / max(1, count), merged / max(1, count))
+
+
+def _dsee_layers(model: nn.Module) -> list[tuple[str, DseeLayer]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, DseeLayer)]
+
+
+def _trained(layer: DseeLayer) -> set[str]:
+    return set(layer.sparse_hf_dsee_U) | set(layer.sparse_hf_dsee_values)
+
+
+def _is_masked(config: DseeConfig, key: str) -> bool:
+    if config.masked_modules is None:
+        return False
+    masked = copy.copy(config)
+    masked.target_modules = config.masked_modules
+    return bool(check_target_module_exists(masked, key))
+
+
+def _check_base(config: DseeConfig, adapter_name: str, found: str | None) -> None:
+    if found is None or found == config.base_fingerprint:
+        return
+    message = (
+        f"Adapter `{adapter_name}` was trained on other base weights than these (fingerprint "
+        f"{config.base_fingerprint[:12]}, got {found[:12]}): load `{config.base_model_name_or_path}` as it was."
+    )
+    if config.on_other_base == "raise":
+        raise ValueError(message)
+    warnings.warn(message, UserWarning, stacklevel=2)

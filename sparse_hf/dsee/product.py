@@ -1,0 +1,73 @@
+"""y = x Wᵀ + b for W = W0 ⊙ S1 + scaling (U V + S2), without W."""
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_hf.algorithms.sparse_update import linear_with_update, update_alone
+
+
+if TYPE_CHECKING:
+    from sparse_hf.dsee.layer import DseeLayer
+
+
+def adapted_product(layer: "DseeLayer", x: Tensor, names: list[str]) -> Tensor:
+    """The output of an adapted layer; S1 is in its frozen weight already.
+
+    Args:
+        x: shape (..., in).
+        names: of the adapters in force; their updates add up.
+
+    Returns:
+        shape (..., out), in the dtype that the base layer alone would give.
+    """
+    result = _base_and_sparse(layer, x, [name for name in names if name in layer.sparse_hf_dsee_values])
+    for name in names:
+        if name in layer.sparse_hf_dsee_U:
+            result = _plus_low_rank(layer, result, x, name)
+    return result
+
+
+def dense_update(layer: "DseeLayer", name: str) -> Tensor:
+    """scaling (U V + S2) as one matrix in the weight's layout, in the adapter's dtype."""
+    update = torch.zeros(layer.weight_shape, device=layer.weight.device)
+    if name in layer.sparse_hf_dsee_U:
+        product = layer.sparse_hf_dsee_U[name] @ layer.sparse_hf_dsee_V[name]
+        update = product.t().contiguous() if layer.input_first else product
+    if name in layer.sparse_hf_dsee_values:
+        values, indices = layer.sparse_hf_dsee_values[name], layer.sparse_hf_dsee_indices[name]
+        update = update.flatten().index_add(0, indices, values.to(update.dtype)).view(layer.weight_shape)
+    return update * layer.sparse_hf_dsee_scaling[name]
+
+
+def _base_and_sparse(layer: "DseeLayer", x: Tensor, names: list[str]) -> Tensor:
+    if not names:
+        return layer.base_layer(x)
+    scaled = [layer.sparse_hf_dsee_values[name] * layer.sparse_hf_dsee_scaling[name] for name in names]
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if layer.quantization_backend is None:
+        base, first = layer.get_base_layer(), layer.pattern(names[0])
+        result = linear_with_update(x, base.weight, base.bias, scaled[0], first, input_first=layer.input_first)
+        names, scaled = names[1:], scaled[1:]
+    else:
+        result = layer.quantization_backend.maybe_clone_base_result(layer.base_layer(x))
+    for name, values in zip(names, scaled, strict=True):
+        alone = update_alone(x, values, layer.pattern(name), layer.out_features, input_first=layer.input_first)
+        result = result + alone.to(result.dtype)
+    return result
+
+
+def _plus_low_rank(layer: "DseeLayer", result: Tensor, x: Tensor, name: str) -> Tensor:
+    left, right = layer.sparse_hf_dsee_U[name], layer.sparse_hf_dsee_V[name]
+    scaling, x = layer.sparse_hf_dsee_scaling[name], layer.sparse_hf_dsee_dropout[name](x)
+    if not torch.is_autocast_enabled(x.device.type):
+        x = x.to(right.dtype)
+    hidden = F.linear(x, right)
+    if result.dtype != hidden.dtype:
+        return result + (F.linear(hidden, left) * scaling).to(result.dtype)
+    # One addition inside the product saves a pass over the output.
+    flat = result.reshape(-1, result.shape[-1])
+    return flat.addmm(hidden.reshape(-1, hidden.shape[-1]), left.t(), alpha=scaling).view(result.shape)
