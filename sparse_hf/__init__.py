@@ -9,6 +9,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DseeConfig",
+    "DseeMaskingCallback",
+    "DseeMaskingConfig",
+    "DseeTwoStageConfig",
     "EarlyBirdConfig",
     "GradualPruningConfig",
     "LotteryTicketConfig",
@@ -32,6 +35,9 @@ __all__ = [
 # Imported on first use, so that what a user does not need (matplotlib, typer) is not loaded.
 _HOMES = {
     "DseeConfig": "sparse_hf.dsee.config",
+    "DseeMaskingCallback": "sparse_hf.training.dsee_masking",
+    "DseeMaskingConfig": "sparse_hf.dsee.masking_config",
+    "DseeTwoStageConfig": "sparse_hf.dsee.masking_config",
     "EarlyBirdConfig": "sparse_hf.tickets.early_bird_config",
     "GradualPruningConfig": "sparse_hf.tickets.configs",
     "LotteryTicketConfig": "sparse_hf.tickets.configs",

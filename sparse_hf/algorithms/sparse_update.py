@@ -153,17 +153,17 @@ def _borrowed(weight: Tensor, indices: Tensor, values: Tensor, dtype: torch.dtyp
     """The weight with its update, in `dtype`: itself where that is possible, and then put back to the same bits."""
     # `.data` has a version counter of its own: other operations have saved this weight for their backward.
     weight = weight.data
-    before = weight.flatten()[indices] if not weight.is_contiguous() else weight.view(-1)[indices]
-    after = before.to(values.dtype) + values.detach()
-    if dtype != weight.dtype or not weight.is_contiguous():
+    with _BORROWING:  # also for reading: another thread may have borrowed the same weight
+        before = weight.view(-1)[indices] if weight.is_contiguous() else weight.flatten()[indices]
+        after = (before.to(values.dtype) + values.detach()).to(dtype)
+        if dtype == weight.dtype and weight.is_contiguous():
+            flat = weight.view(-1)
+            flat[indices] = after
+            try:
+                yield weight
+            finally:
+                flat[indices] = before
+            return
         copy = weight.to(dtype, copy=True).contiguous()
-        copy.view(-1)[indices] = after.to(dtype)
-        yield copy
-        return
-    flat = weight.view(-1)
-    with _BORROWING:
-        flat[indices] = after.to(dtype)
-        try:
-            yield weight
-        finally:
-            flat[indices] = before
+    copy.view(-1)[indices] = after
+    yield copy

@@ -1,4 +1,4 @@
-"""Where do S2's entries lie and which weights does S1 keep, when an adapter is new?"""
+"""Where do S2's entries lie when an adapter is new, and on which base is it made?"""
 
 import hashlib
 from collections.abc import Mapping
@@ -6,8 +6,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from sparse_hf.algorithms.n_m_selection import keep_n_of_m
-from sparse_hf.algorithms.selection import keep_largest
 from sparse_hf.algorithms.sparse_low_rank import sparse_low_rank
 from sparse_hf.algorithms.supports import column_support, largest_support, random_support, row_support
 from sparse_hf.dsee.config import DseeConfig
@@ -41,30 +39,6 @@ def choose_support(layer: DseeLayer, name: str, config: DseeConfig) -> Tensor:
     # Rows and columns are those of y = W x, whichever way the weight is stored.
     along_rows = (config.support == "rows") != layer.input_first
     return (row_support if along_rows else column_support)(weight, config.nnz)
-
-
-@torch.no_grad()
-def choose_masks(layers: Mapping[str, DseeLayer], tuned: set[str], config: DseeConfig) -> dict[str, Tensor]:
-    """S1 of every layer by |W0|: bool, in the weight's layout, True = kept.
-
-    The tuned matrices are one group and those that are only masked another; each reaches `base_sparsity` exactly
-    (rounded to whole weights). An N:M pattern is chosen for each matrix along its input.
-    """
-    if config.base_pattern:
-        n, m = map(int, config.base_pattern.split(":"))
-        return {
-            name: keep_n_of_m(layer.frozen_weight(), n, m, dim=0 if layer.input_first else 1)
-            for name, layer in layers.items()
-        }
-    masks: dict[str, Tensor] = {}
-    for group in (tuned & set(layers), set(layers) - tuned):
-        names = [name for name in layers if name in group]
-        weights = [layers[name].frozen_weight() for name in names]
-        if names:
-            count = sum(weight.numel() for weight in weights)
-            kept = keep_largest(weights, count - round(config.base_sparsity * count), absolute=True, names=names)
-            masks |= dict(zip(names, kept, strict=True))
-    return masks
 
 
 @torch.no_grad()

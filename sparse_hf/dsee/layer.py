@@ -54,7 +54,7 @@ class DseeLayer(BaseTunerLayer):
             self.in_features, self.out_features = base.weight.shape
         else:
             self.in_features, self.out_features = base.in_features, base.out_features
-        self.register_load_state_dict_post_hook(lambda layer, _: layer.look())
+        self.register_load_state_dict_post_hook(_look_after_loading)
 
     def pattern(self, adapter_name: str) -> Pattern:
         """Where S2's entries are."""
@@ -275,6 +275,10 @@ class DseeLayer(BaseTunerLayer):
 def _state(tensor: Tensor) -> tuple[int, int]:
     """Changes when a tensor is replaced or written to."""
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
+def _look_after_loading(layer: DseeLayer, _: Any) -> None:  # a function of the module's, so that models pickle
+    layer.look()
 
 
 @torch.compiler.disable

@@ -12,9 +12,11 @@ from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quant
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from sparse_hf.dsee.choices import choose_masks, choose_support, fingerprint, seeded
+from sparse_hf.algorithms.bits import unpack_bits
+from sparse_hf.dsee.choices import choose_support, fingerprint, seeded
 from sparse_hf.dsee.config import DseeConfig
 from sparse_hf.dsee.layer import PREFIX, DseeLayer, DseeLinear
+from sparse_hf.dsee.masks import adapted_layers, n_m_masks, unstructured_masks
 
 
 logger = logging.getLogger(__name__)
@@ -31,19 +33,22 @@ class DseeModel(BaseTuner):
         """Add an adapter: choose its support and mask, or check the base if a file is about to be read."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
-        layers = {name: layer for name, layer in _dsee_layers(model) if adapter_name in layer.sparse_hf_dsee_scaling}
+        layers = adapted_layers(model, adapter_name)
         found = fingerprint(layers)
         config.found_on(found)
         if config.base_fingerprint is not None:
             _check_base(config, adapter_name, found)
             return
-        tuned = {name for name, layer in layers.items() if adapter_name in _trained(layer)}
         for name, layer in layers.items():
             if adapter_name in layer.sparse_hf_dsee_values:
                 layer.set_support(adapter_name, choose_support(layer, name, config))
-        if config.base_sparsity or config.base_pattern:
-            for name, mask in choose_masks(layers, tuned, config).items():
-                layers[name].set_mask(adapter_name, mask)
+        masks: dict[str, Tensor] = {}
+        if config.base_pattern:
+            masks = n_m_masks(layers, config.base_pattern)
+        elif config.base_sparsity:
+            masks = unstructured_masks(layers, adapter_name, config.base_sparsity)
+        for name, mask in masks.items():
+            layers[name].set_mask(adapter_name, mask)
 
     @staticmethod
     def _check_target_module_exists(peft_config: DseeConfig, key: str) -> Any:
@@ -88,7 +93,11 @@ class DseeModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: DseeConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """As PEFT's, but refuse a file that does not fill the adapter or holds more than it."""
+        """As PEFT's, but refuse a file that does not fill the adapter or holds more than it.
+
+        Masks are an exception: a checkpoint may have been written after they were chosen, so room is made for them.
+        """
+        _make_room_for_masks(model, config, adapter_name, state_dict)
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         held = {key: value for key, value in model.state_dict().items() if f".{PREFIX}" in key}
         wanted = {key for key in held if key.endswith(f".{adapter_name}")}
@@ -159,8 +168,21 @@ def _dsee_layers(model: nn.Module) -> list[tuple[str, DseeLayer]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, DseeLayer)]
 
 
-def _trained(layer: DseeLayer) -> set[str]:
-    return set(layer.sparse_hf_dsee_U) | set(layer.sparse_hf_dsee_values)
+def _make_room_for_masks(
+    model: nn.Module, config: DseeConfig, adapter_name: str, state_dict: dict[str, Tensor]
+) -> None:
+    layers = {
+        name: layer
+        for name, layer in adapted_layers(model, adapter_name).items()
+        if adapter_name not in layer.sparse_hf_dsee_mask and f"{name}.{PREFIX}mask" in state_dict
+    }
+    kept = weights = 0
+    for name, layer in layers.items():
+        layer.set_mask(adapter_name, torch.ones(layer.weight_shape, dtype=torch.bool))
+        weights += layer.weight.numel()
+        kept += int(unpack_bits(state_dict[f"{name}.{PREFIX}mask"], layer.weight_shape).sum())
+    if layers and not config.base_pattern:
+        config.base_sparsity = 1 - kept / weights  # by which the next one to load it makes room
 
 
 def _is_masked(config: DseeConfig, key: str) -> bool:

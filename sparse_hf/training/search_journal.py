@@ -1,12 +1,13 @@
 """What has a search finished, as far as the disk knows?"""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparse_hf.storage.checked_json import read_json
 from sparse_hf.storage.durable import write_json
-from sparse_hf.training.snapshot import save_snapshot
+from sparse_hf.training.snapshot import everything, save_snapshot
 
 
 if TYPE_CHECKING:
@@ -31,11 +32,13 @@ class SearchJournal:
         write_json(self.folder / SEARCH_FILE, content)
 
 
-def begin_search(trainer: "SparseTrainer", journal: SearchJournal, start: Path) -> None:
-    """Save the model as it was given to `start`, and the journal, unless an earlier run did."""
+def begin_search(
+    trainer: "SparseTrainer", journal: SearchJournal, start: Path, wanted: Callable[[str], bool] = everything
+) -> None:
+    """Save what is `wanted` of the model as it was given to `start`, and the journal, unless an earlier run did."""
     trainer.accelerator.wait_for_everyone()  # until every rank has seen the folder as it was
     if trainer.args.should_save and not journal.rounds and not (journal.folder / SEARCH_FILE).is_file():
-        save_snapshot(trainer.model, start)
+        save_snapshot(trainer.model, start, wanted)
         journal.save()
     trainer.accelerator.wait_for_everyone()
 
@@ -53,7 +56,7 @@ def open_journal(folder: Path, config: dict, resume: bool) -> SearchJournal:
     """
     path = folder / SEARCH_FILE
     if not path.is_file():
-        patterns = ("checkpoint-*", "round-*", "search/checkpoint-*")
+        patterns = ("checkpoint-*", "round-*", "search/checkpoint-*", "first-stage/checkpoint-*")
         others = sorted(str(entry.relative_to(folder)) for pattern in patterns for entry in folder.glob(pattern))
         if others:
             raise FileExistsError(

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from sparse_hf.storage.durable import write_file
 
 
-def _everything(name: str) -> bool:
+def everything(name: str) -> bool:
+    """Every tensor is wanted."""
     return True
 
 
@@ -26,7 +27,7 @@ def _state(model: nn.Module, wanted: Callable[[str], bool]) -> dict[str, Tensor]
     return {name: tensor for name, tensor in state.items() if wanted(name)}
 
 
-def save_snapshot(model: nn.Module, path: Path, wanted: Callable[[str], bool] = _everything) -> None:
+def save_snapshot(model: nn.Module, path: Path, wanted: Callable[[str], bool] = everything) -> None:
     """Write the parameters and persistent buffers whose full name is `wanted`, durably."""
     state = _state(model, wanted)
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
@@ -41,7 +42,7 @@ def _fits(stored: object, tensor: Tensor) -> bool:
 
 
 @torch.no_grad()
-def restore_snapshot(model: nn.Module, path: Path, wanted: Callable[[str], bool] = _everything) -> None:
+def restore_snapshot(model: nn.Module, path: Path, wanted: Callable[[str], bool] = everything) -> None:
     """Copy the snapshot back into the live tensors whose full name is `wanted`, bit for bit, on any device.
 
     Raises:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from sparse_hf.anatomy.slim import cut_units
+from sparse_hf.dsee.masking_config import DseeTwoStageConfig
 from sparse_hf.tickets.config_json import SparsityConfig
 from sparse_hf.tickets.configs import LotteryTicketConfig
 from sparse_hf.tickets.early_bird_config import EarlyBirdConfig
@@ -16,12 +17,17 @@ from sparse_hf.tickets.structured_ticket import StructuredTicket
 from sparse_hf.tickets.ticket import Ticket
 from sparse_hf.training.callback import SparsityCallback
 from sparse_hf.training.checkpoints import last_complete_checkpoint, steps_in_checkpoint
+from sparse_hf.training.dsee_two_stages import DseeTwoStages
 from sparse_hf.training.early_bird_search import EarlyBirdSearch, describe_slim
 from sparse_hf.training.lottery_search import LotterySearch
 
 
 # Methods that train more than once.
-SEARCHES = {LotteryTicketConfig: LotterySearch, EarlyBirdConfig: EarlyBirdSearch}
+SEARCHES = {
+    LotteryTicketConfig: LotterySearch,
+    EarlyBirdConfig: EarlyBirdSearch,
+    DseeTwoStageConfig: DseeTwoStages,
+}
 
 
 class SparseTrainer(Trainer):
@@ -34,14 +40,18 @@ class SparseTrainer(Trainer):
     """
 
     def __init__(
-        self, *args: object, sparsity: SparsityConfig | Ticket | StructuredTicket | None = None, **kwargs: object
+        self,
+        *args: object,
+        sparsity: SparsityConfig | DseeTwoStageConfig | Ticket | StructuredTicket | None = None,
+        **kwargs: object,
     ) -> None:
         """
         Args:
             sparsity: a config (`LotteryTicketConfig`, `EarlyBirdConfig`, `GradualPruningConfig`,
-                `StaticSparsityConfig`), a `Ticket` to train under, or a `StructuredTicket` to which the model is cut.
-                The other arguments are those of `transformers.Trainer`. Where units are cut, `trainer.model` becomes a
-                new, smaller model; the one passed stays whole.
+                `StaticSparsityConfig`, or `DseeTwoStageConfig` for a model with a DSEE adapter), a `Ticket` to train
+                under, or a `StructuredTicket` to which the model is cut. The other arguments are those of
+                `transformers.Trainer`. Where units are cut, `trainer.model` becomes a new, smaller model; the one
+                passed stays whole.
         """
         super().__init__(*args, **kwargs)
         self.sparsity = sparsity

@@ -1,0 +1,84 @@
+"""Which frozen weights does S1 keep?"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from sparse_hf.algorithms.n_m_selection import keep_n_of_m
+from sparse_hf.algorithms.selection import keep_largest
+from sparse_hf.dsee.layer import DseeLayer
+from sparse_hf.dsee.masking_config import Score
+
+
+def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, DseeLayer]:
+    """The matrices that an adapter tunes or masks, by module name."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, DseeLayer)}
+    return {name: layer for name, layer in layers.items() if adapter_name in layer.sparse_hf_dsee_scaling}
+
+
+@torch.no_grad()
+def unstructured_masks(
+    layers: Mapping[str, DseeLayer], adapter_name: str, sparsity: float, score: Score = "weight"
+) -> dict[str, Tensor]:
+    """S1 over whole groups: the tuned matrices by `score`, those that are only masked by |W0|.
+
+    Each group reaches `sparsity` exactly (rounded to whole weights), ranked over all its matrices together, as in
+    DSEE's released code (`ad_pruning_ratio`, `pruning_ratio`). That code ranks by |update| only; its sum with W0 has a
+    precedence error, which is not repeated here.
+
+    Args:
+        sparsity: in [0, 1).
+
+    Returns:
+        bool masks in the weights' layouts, True = kept.
+    """
+    tuned = {name for name, layer in layers.items() if _is_tuned(layer, adapter_name)}
+    masks: dict[str, Tensor] = {}
+    for group in (tuned, layers.keys() - tuned):
+        names = [name for name in layers if name in group]
+        scores = [_score(layers[name], adapter_name, score if name in tuned else "weight") for name in names]
+        if names:
+            count = sum(one.numel() for one in scores)
+            kept = keep_largest(scores, count - round(sparsity * count), absolute=True, names=names)
+            masks |= dict(zip(names, kept, strict=True))
+    return masks
+
+
+@torch.no_grad()
+def n_m_masks(layers: Mapping[str, DseeLayer], pattern: str) -> dict[str, Tensor]:
+    """S1 with N of every M weights kept along the input, by |W0|; `pattern` as "2:4"."""
+    n, m = map(int, pattern.split(":"))
+    return {
+        name: keep_n_of_m(layer.frozen_weight(), n, m, dim=0 if layer.input_first else 1)
+        for name, layer in layers.items()
+    }
+
+
+def mask_by_update(model: nn.Module, adapter_name: str, sparsity: float, score: Score = "update") -> None:
+    """Choose S1 of a tuned adapter anew and put it in force; it is saved with the adapter.
+
+    Args:
+        model: a `PeftModel`, or a Transformers model with the adapter injected.
+
+    Raises:
+        ValueError: no such DSEE adapter, or a quantized base.
+    """
+    layers = adapted_layers(model, adapter_name)
+    if not layers:
+        raise ValueError(f"The model has no DSEE adapter `{adapter_name}`: make one by `get_peft_model`.")
+    for name, mask in unstructured_masks(layers, adapter_name, sparsity, score).items():
+        layers[name].set_mask(adapter_name, mask)
+    # What loads the adapter makes room for masks where its config says that there are some.
+    model.peft_config[adapter_name].base_sparsity = sparsity
+
+
+def _is_tuned(layer: DseeLayer, adapter_name: str) -> bool:
+    return adapter_name in layer.sparse_hf_dsee_U or adapter_name in layer.sparse_hf_dsee_values
+
+
+def _score(layer: DseeLayer, adapter_name: str, score: Score) -> Tensor:
+    if score == "weight":
+        return layer.frozen_weight().float()
+    update = layer.get_delta_weight(adapter_name).float()
+    return update if score == "update" else update.abs() + layer.frozen_weight().float().abs()

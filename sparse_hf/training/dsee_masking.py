@@ -1,0 +1,86 @@
+"""When does S1 change while a DSEE adapter is trained?"""
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sparse_hf.algorithms.schedules import cubic_sparsity
+from sparse_hf.dsee.masking_config import DseeMaskingConfig
+
+
+if TYPE_CHECKING:
+    from sparse_hf.dsee.layer import DseeLayer
+
+
+class DseeMaskingCallback(TrainerCallback):
+    """Remove frozen weights while a DSEE adapter is tuned: `Trainer(..., callbacks=[DseeMaskingCallback(config)])`.
+
+    Works in any Trainer. Masks are chosen from the updates as they are right after an optimizer step, and travel in
+    the adapter's own file, so a resumed run continues with them.
+    """
+
+    def __init__(self, config: DseeMaskingConfig) -> None:
+        self.config = config
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: object
+    ) -> None:
+        """Check that there is an adapter to mask, and that the schedule ends within the training."""
+        dsee_adapter(model)
+        end = self.config.start_step if self.config.end_step is None else self.config.end_step
+        if end > state.max_steps:
+            raise ValueError(
+                f"S1 must be complete within the training of {state.max_steps} steps, got step {end}: lower "
+                "`start_step` or `end_step`."
+            )
+        if args.load_best_model_at_end and end > 0:
+            raise ValueError(
+                "The best checkpoint may be one from before S1 was complete, got `load_best_model_at_end`: switch it "
+                "off, or train in two stages by `SparseTrainer(sparsity=DseeTwoStageConfig(...))`."
+            )
+        if state.global_step == 0 and self.config.start_step == 0 and self.config.end_step is None:
+            self._mask(model, self.config.sparsity)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: object
+    ) -> None:
+        """Choose the masks that are due after this step."""
+        config, step = self.config, state.global_step + 1
+        end = config.start_step if config.end_step is None else config.end_step
+        if not config.start_step <= step <= end:
+            return
+        if step == end:
+            self._mask(model, config.sparsity)
+        elif (step - config.start_step) % config.every == 0:
+            sparsity = cubic_sparsity(step, config.start_step, end, config.sparsity)
+            if sparsity > 0:
+                self._mask(model, sparsity)
+
+    def _mask(self, model: nn.Module, sparsity: float) -> None:
+        from sparse_hf.dsee.masks import mask_by_update  # here, since it needs PEFT
+
+        mask_by_update(model, dsee_adapter(model), sparsity, self.config.score)
+
+
+def dsee_layers(model: nn.Module) -> "list[DseeLayer]":
+    """The adapted matrices of a model."""
+    from sparse_hf.dsee.layer import DseeLayer  # here, since it needs PEFT
+
+    return [module for module in model.modules() if isinstance(module, DseeLayer)]
+
+
+def dsee_adapter(model: nn.Module) -> str:
+    """The one active DSEE adapter.
+
+    Raises:
+        ValueError: there is none, or more than one is active.
+    """
+    active = {name for layer in dsee_layers(model) for name in layer.active_adapters}
+    if len(active) != 1:
+        found = ", ".join(f"`{name}`" for name in sorted(active)) or "none"
+        raise ValueError(
+            f"Masking by the update needs exactly one active DSEE adapter, got {found}: wrap the model by "
+            "`get_peft_model(model, DseeConfig(...))`, or choose one by `set_adapter`."
+        )
+    return active.pop()
