@@ -16,35 +16,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    HfArgumentParser,
-    PreTrainedModel,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import HfArgumentParser, PreTrainedModel, TrainingArguments
 
-from glue_tasks import compute_metrics, label_names, load_task
+from glue_model import TaskArguments, trainer_parts
 from sparse_hf import EarlyBirdConfig, SparseTrainer, StructuredTicket, plot_mask_distances
 
 
 @dataclass
 class Arguments:
-    """What the training arguments do not say."""
+    """What is run."""
 
-    model_name_or_path: str = field(metadata={"help": "Pretrained encoder, a folder or a Hub id."})
     mode: Literal["search", "ticket", "dense", "random", "magnitude"] = field(
         default="search", metadata={"help": "What to run, see above."}
     )
-    task_name: str | None = field(default=None, metadata={"help": "GLUE task: columns, labels and metric."})
-    dataset_name: str | None = field(default=None, metadata={"help": "Another data set on the Hub."})
-    train_file: str | None = field(default=None, metadata={"help": "Local training data."})
-    validation_file: str | None = field(default=None, metadata={"help": "Local validation data."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on a random subset, drawn by seed."})
-    max_length: int = field(default=128, metadata={"help": "Longest input in tokens."})
     ticket: str | None = field(default=None, metadata={"help": "Folder or Hub id, for modes ticket and random."})
     heads: float | None = field(default=None, metadata={"help": "Fraction of heads to cut (default 1/3)."})
     neurons: float | None = field(default=None, metadata={"help": "Fraction of FFN neurons to cut (default 0.4)."})
@@ -85,33 +69,11 @@ def sparsity_of(arguments: Arguments, model: PreTrainedModel, seed: int) -> Earl
 
 def main() -> None:
     """Run one mode."""
-    arguments, training_args = HfArgumentParser((Arguments, TrainingArguments)).parse_args_into_dataclasses()
-    files = (arguments.train_file, arguments.validation_file, arguments.dataset_name)
-    train, validation = load_task(arguments.task_name, *files, arguments.max_train_samples, training_args.seed)
-    names = label_names(train)
-
-    path = arguments.model_name_or_path
-    config = AutoConfig.from_pretrained(path, num_labels=max(1, len(names)))
-    config.problem_type = None if names else "regression"
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    set_seed(training_args.seed)
-    model = AutoModelForSequenceClassification.from_pretrained(path, config=config)
-
-    def tokenize(batch: dict[str, list]) -> dict[str, list]:
-        texts = [batch[name] for name in ("text", "text_pair") if name in batch]
-        return tokenizer(*texts, truncation=True, max_length=arguments.max_length)
-
-    sparsity = sparsity_of(arguments, model, training_args.seed)
-    trainer = SparseTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=train.map(tokenize, batched=True),
-        eval_dataset=validation.map(tokenize, batched=True),
-        processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=compute_metrics(arguments.task_name),
-        sparsity=sparsity,
-    )
+    parser = HfArgumentParser((TaskArguments, Arguments, TrainingArguments))
+    task, arguments, training_args = parser.parse_args_into_dataclasses()
+    parts = trainer_parts(task, training_args)
+    sparsity = sparsity_of(arguments, parts["model"], training_args.seed)
+    trainer = SparseTrainer(**parts, sparsity=sparsity)
     resume = training_args.resume_from_checkpoint
     result = trainer.train(resume_from_checkpoint=True if resume == "true" else resume)
     trainer.save_model()

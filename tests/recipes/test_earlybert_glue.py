@@ -2,40 +2,18 @@
 
 import json
 import runpy
-import sys
 from pathlib import Path
 
 import pytest
 
 from sparse_hf import EarlyBirdConfig, StructuredTicket, load_slim
 from sparse_hf.anatomy.units import find_units
-from tiny_folder import save_tiny_model, save_tiny_task
 
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "earlybert_glue.py"
+RECIPE = "earlybert_glue.py"
+STEPS = 4
 BUDGET = ("--heads", "0.5", "--neurons", "0.5")
 SEARCH = ("--mode", "search", *BUDGET, "--draw_at", "3")
-
-
-@pytest.fixture(scope="module")
-def places(tmp_path_factory):
-    root = tmp_path_factory.mktemp("earlybert")
-    train, validation = save_tiny_task(root / "task")
-    return {"model": save_tiny_model(root / "model"), "train": train, "validation": validation, "root": root}
-
-
-@pytest.fixture
-def run(places, monkeypatch):
-    def go(name: str, *more: str) -> dict:
-        words = ["--model_name_or_path", places["model"], "--train_file", places["train"]]
-        words += ["--validation_file", places["validation"], "--output_dir", places["root"] / name]
-        words += ["--max_steps", "4", "--per_device_train_batch_size", "8", "--report_to", "none", "--use_cpu", "true"]
-        words += ["--disable_tqdm", "true", "--save_strategy", "no", "--eval_strategy", "epoch", *more]
-        monkeypatch.setattr(sys, "argv", [str(RECIPE), *map(str, words)])
-        runpy.run_path(str(RECIPE), run_name="__main__")
-        return json.loads((places["root"] / name / "eval_results.json").read_text())
-
-    return go
 
 
 def counts_of(folder: Path) -> dict[str, int]:
@@ -95,8 +73,8 @@ def test_a_ticket_mode_without_ticket_says_so(run):
 
 @pytest.mark.parametrize(("text", "moment"), [("3", 3), ("0.2", 0.2), ("1.0", 1.0), (None, None)])
 def test_a_decimal_point_makes_epochs(text, moment):
-    recipe = runpy.run_path(str(RECIPE))
-    arguments = recipe["Arguments"](model_name_or_path="x", draw_at=text, l1=0.5, uniform=True)
+    recipe = runpy.run_path(str(Path(__file__).parents[2] / "recipes" / RECIPE))
+    arguments = recipe["Arguments"](draw_at=text, l1=0.5, uniform=True)
     config = recipe["config_of"](arguments)
     assert config == EarlyBirdConfig(draw_at=moment, l1=0.5, uniform=True)
     assert type(config.draw_at) is type(moment)

@@ -1,38 +1,13 @@
 """The recipe's modes, two steps each, by the command a user types."""
 
-import json
-import runpy
-import sys
-from pathlib import Path
 
 import pytest
 
 from sparse_hf import Ticket
-from tiny_folder import save_tiny_model, save_tiny_task
 
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "lottery_ticket_glue.py"
-
-
-@pytest.fixture(scope="module")
-def places(tmp_path_factory):
-    root = tmp_path_factory.mktemp("glue")
-    train, validation = save_tiny_task(root / "task")
-    return {"model": save_tiny_model(root / "model"), "train": train, "validation": validation, "root": root}
-
-
-@pytest.fixture
-def run(places, monkeypatch):
-    def go(name: str, *more: str) -> dict:
-        words = ["--model_name_or_path", places["model"], "--train_file", places["train"]]
-        words += ["--validation_file", places["validation"], "--output_dir", places["root"] / name]
-        words += ["--max_steps", "2", "--per_device_train_batch_size", "8", "--report_to", "none", "--use_cpu", "true"]
-        words += ["--disable_tqdm", "true", "--save_strategy", "no", "--eval_strategy", "epoch", *more]
-        monkeypatch.setattr(sys, "argv", [str(RECIPE), *map(str, words)])
-        runpy.run_path(str(RECIPE), run_name="__main__")
-        return json.loads((places["root"] / name / "eval_results.json").read_text())
-
-    return go
+RECIPE = "lottery_ticket_glue.py"
+STEPS = 2
 
 
 def test_search_then_transfer_then_controls(run, places):
