@@ -11,6 +11,7 @@ __all__ = [
     "DseeConfig",
     "DseeMaskingCallback",
     "DseeMaskingConfig",
+    "DseeSupportCallback",
     "DseeTwoStageConfig",
     "EarlyBirdConfig",
     "GradualPruningConfig",
@@ -29,6 +30,7 @@ __all__ = [
     "plot_sparsity",
     "prune",
     "slim",
+    "support_by_gradient",
     "upcycle",
 ]
 
@@ -37,6 +39,7 @@ _HOMES = {
     "DseeConfig": "sparse_hf.dsee.config",
     "DseeMaskingCallback": "sparse_hf.training.dsee_masking",
     "DseeMaskingConfig": "sparse_hf.dsee.masking_config",
+    "DseeSupportCallback": "sparse_hf.training.dsee_moves",
     "DseeTwoStageConfig": "sparse_hf.dsee.masking_config",
     "EarlyBirdConfig": "sparse_hf.tickets.early_bird_config",
     "GradualPruningConfig": "sparse_hf.tickets.configs",
@@ -55,6 +58,7 @@ _HOMES = {
     "plot_sparsity": "sparse_hf.hub.sparsity_picture",
     "prune": "sparse_hf.tickets.prune",
     "slim": "sparse_hf.tickets.slim_model",
+    "support_by_gradient": "sparse_hf.dsee.weight_gradients",
     "upcycle": "sparse_hf.moe.upcycle",
 }
 
