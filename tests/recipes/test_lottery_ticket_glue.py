@@ -1,6 +1,5 @@
 """The recipe's modes, two steps each, by the command a user types."""
 
-
 import pytest
 
 from sparse_hf import Ticket
