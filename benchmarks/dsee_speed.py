@@ -1,6 +1,7 @@
 """What does a training step with DSEE cost in time and memory, beside LoRA, SHiRA, Super-Tuning and full fine-tuning?
 
     python benchmarks/dsee_speed.py [--layers 3 --batch 8 --length 128 --r 8 --rounds 7 --threads 1]
+        [--families GPT-2 BERT] [--parts memory steps inference]
 
 Random models of GPT-2 small's shape (width 768, 12 heads; 3 of its 12 layers by default), float32, without dropout;
 every matrix of every layer is tuned. The vocabulary is cut to 1,024, so that ratios are those of the layers: a real
@@ -73,7 +74,8 @@ def build(family: str, options: argparse.Namespace) -> nn.Module:
     torch.manual_seed(0)
     if family == "GPT-2":
         dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-        model = GPT2LMHeadModel(GPT2Config(n_layer=options.layers, vocab_size=VOCABULARY, use_cache=False, **dropout))
+        sizes = {"n_layer": options.layers, "vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0}
+        model = GPT2LMHeadModel(GPT2Config(**sizes, **dropout, use_cache=False))
     else:
         dropout = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
         sizes = {"num_hidden_layers": options.layers, "vocab_size": VOCABULARY}
@@ -260,13 +262,16 @@ def main() -> None:
     defaults = {"layers": 3, "batch": 8, "length": 128, "r": 8, "rounds": 7, "threads": 1}
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--families", nargs="+", choices=list(TARGETS), default=list(TARGETS))
+    parts = ["memory", "steps", "inference"]
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    for family in TARGETS:
-        print_memory(family, options)
-    for family in TARGETS:
-        print_steps(family, options)
-    print_inference(options)
+    for part, measure in {"memory": print_memory, "steps": print_steps}.items():
+        for family in options.families if part in options.parts else ():
+            measure(family, options)
+    if "inference" in options.parts:
+        print_inference(options)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What a DSEE adapter is told: `get_peft_model(model, DseeConfig(r=8, nnz=64, base_sparsity=0.3))`."""
 
+import math
 import re
 from dataclasses import dataclass, field, fields
 
@@ -92,8 +93,10 @@ class DseeConfig(PeftConfig):
 
     def _check(self) -> None:
         for name in ("r", "nnz"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
+            if type(getattr(self, name)) is not int or getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must be a whole number of at least 0, got {getattr(self, name)!r}.")
+        if not isinstance(self.alpha, (int, float)) or not math.isfinite(self.alpha):
+            raise ValueError(f"`alpha` must be a finite number, got {self.alpha!r}.")
         if self.r == 0 and self.nnz == 0:
             raise ValueError("`r` and `nnz` are both 0, so nothing would be trained: raise one of them.")
         for name in ("base_sparsity", "dropout"):

@@ -15,6 +15,7 @@ from sparse_hf.algorithms.sparse_update import Pattern, index_dtype, make_patter
 from sparse_hf.dsee.baked_mask import BakedMask
 from sparse_hf.dsee.config import DseeConfig
 from sparse_hf.dsee.product import adapted_product, dense_update
+from sparse_hf.dsee.seen import Seen
 
 
 PREFIX = "sparse_hf_dsee_"
@@ -43,9 +44,10 @@ class DseeLayer(BaseTunerLayer):
         self.sparse_hf_dsee_baked = BakedMask()
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self._before_merge: Tensor | None = None
-        self._patterns: dict[str, tuple[tuple, Pattern]] = {}
-        self._settled: tuple = ()
+        self.register_buffer("_before_merge", None, persistent=False)
+        self._patterns: dict[str, tuple[Seen, Pattern]] = {}
+        self._settled: list[Seen] = []
+        self._awaited: dict[str, Seen] = {}  # placeholders of what a file should bring
         self._looked = False  # whether the files' contents are known to be in force; see `forward`
         base = self.get_base_layer()
         self.quantization_backend = resolve_quantization_backend(base, **quantization)
@@ -95,6 +97,11 @@ class DseeLayer(BaseTunerLayer):
             self.sparse_hf_dsee_mask[adapter_name] = everything
         self.sparse_hf_dsee_scaling[adapter_name] = config.scaling
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        self._looked = False
+        if config.base_fingerprint is not None:
+            placeholder = self._brought(adapter_name)
+            if placeholder is not None:
+                self._awaited[adapter_name] = Seen.of(placeholder)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _start_low_rank(self, adapter_name: str, config: DseeConfig, generator: torch.Generator) -> None:
@@ -119,6 +126,8 @@ class DseeLayer(BaseTunerLayer):
     def set_mask(self, adapter_name: str, mask: Tensor) -> None:
         """Give an adapter another S1: bool, in the weight's layout, True = kept."""
         self._check_maskable()
+        if mask.shape != self.weight_shape:
+            raise ValueError(f"A mask must have its weight's shape {self.weight_shape}, got {tuple(mask.shape)}.")
         self.sparse_hf_dsee_mask[adapter_name] = pack_bits(mask).to(self.weight.device)
         self.settle()
 
@@ -144,31 +153,37 @@ class DseeLayer(BaseTunerLayer):
         return weight
 
     @torch.no_grad()
-    def settle(self) -> None:
-        """Bake the active adapters' masks into the weight, if they are not, and index their supports."""
+    def settle(self, names: list[str] | None = None) -> None:
+        """Bake the masks of `names` (else of the active adapters) into the weight, if they are not; index supports."""
         weight = self.weight
         if self.merged or weight.device.type == "meta":
             return
         for name, indices in self.sparse_hf_dsee_indices.items():
             if indices.device.type == "meta":
                 return
-            if name not in self._patterns or self._patterns[name][0] != _state(indices):
-                self._patterns[name] = _state(indices), make_pattern(indices, self.weight_shape)
-        names = [] if self.disable_adapters else [n for n in self.active_adapters if n in self.sparse_hf_dsee_mask]
-        masks = [self.sparse_hf_dsee_mask[name] for name in names]
-        if (now := tuple(_state(mask) for mask in masks)) == self._settled:
+            if name not in self._patterns or not self._patterns[name][0].still(indices):
+                self._patterns[name] = Seen.of(indices), make_pattern(indices, self.weight_shape)
+        if names is None:
+            names = [] if self.disable_adapters else self.active_adapters
+        masks = [self.sparse_hf_dsee_mask[name] for name in names if name in self.sparse_hf_dsee_mask]
+        if len(masks) == len(self._settled) and all(map(Seen.still, self._settled, masks)):
             return
         self.sparse_hf_dsee_baked.restore_(weight.data)
         self.sparse_hf_dsee_baked.forget()
         if masks:
             kept = [unpack_bits(mask, self.weight_shape) for mask in masks]
             self.sparse_hf_dsee_baked.bake_(weight.data, torch.stack(kept).all(0))
-        self._settled = now
+        self._settled = [Seen.of(mask) for mask in masks]
 
     def look(self) -> None:
         """Note that masks and supports may have been loaded in place."""
         self.settle()
+        self._awaited = {name: seen for name, seen in self._awaited.items() if seen.still(self._brought(name))}
         self._looked = True
+
+    def _brought(self, name: str) -> Tensor | None:
+        held = self.sparse_hf_dsee_indices if name in self.sparse_hf_dsee_indices else self.sparse_hf_dsee_mask
+        return dict(held.items()).get(name)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=inference_mode)
@@ -188,8 +203,6 @@ class DseeLayer(BaseTunerLayer):
     # ---- the function
 
     def _adapted(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if kwargs.pop("adapter_names", None) is not None:
-            raise ValueError("DSEE cannot mix adapters in one batch (`adapter_names`): call `set_adapter` instead.")
         if torch.compiler.is_compiling():
             # Transformers loads adapters without telling modules; `train()`, `eval()` or one eager forward makes up
             # for that. Before any of them the first compiled one stops here once.
@@ -197,6 +210,8 @@ class DseeLayer(BaseTunerLayer):
                 _look_outside_the_graph(self)
         elif not self._looked:
             self.look()
+        if self._awaited:
+            _check_filled(self)
         names = [name for name in self.active_adapters if name in self.sparse_hf_dsee_scaling]
         if self.disable_adapters or self.merged or not names:
             return self.base_layer(x, *args, **kwargs)
@@ -229,12 +244,12 @@ class DseeLayer(BaseTunerLayer):
         """
         names = check_adapters_to_merge(self, adapter_names)
         names = [name for name in names if name in self.sparse_hf_dsee_scaling]
-        if not names:
-            return 0.0
-        if self.merged:
+        if self.merged and (names or sparse):
             names = self.merged_adapters + names
             self.unmerge()
-        self.settle()
+        if not names:
+            return 0.0
+        self.settle(names)
         before = self.get_base_weight()
         merged = before.float()
         for name in names:
@@ -245,6 +260,7 @@ class DseeLayer(BaseTunerLayer):
             taken = float(merged[~keep].norm() / merged.norm().clamp_min(1e-30))
             merged = merged.masked_fill(~keep, 0)
         if safe_merge and not torch.isfinite(merged).all():
+            self.settle()
             raise ValueError(f"NaNs detected in the merged weights. The adapter {names} seems to be broken.")
         self._before_merge = before.clone() if keep_unmerged else None
         self.set_base_weight(merged.to(before.dtype))
@@ -263,7 +279,8 @@ class DseeLayer(BaseTunerLayer):
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         """The stock layer: merged, or with W0 in it."""
-        if merge and not self.merged:
+        for_good = self.merged and self._before_merge is None
+        if merge and not for_good:
             self.merge(safe_merge, adapter_names, keep_unmerged=False)
         elif not merge:
             self.unmerge()
@@ -272,13 +289,18 @@ class DseeLayer(BaseTunerLayer):
         return self.get_base_layer()
 
 
-def _state(tensor: Tensor) -> tuple[int, int]:
-    """Changes when a tensor is replaced or written to."""
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
-
-
 def _look_after_loading(layer: DseeLayer, _: Any) -> None:  # a function of the module's, so that models pickle
     layer.look()
+
+
+@torch.compiler.disable
+def _check_filled(layer: DseeLayer) -> None:
+    layer.look()
+    for name in layer._awaited:
+        raise ValueError(
+            f"The config of adapter `{name}` was saved with an adapter, whose file was not loaded: load both by "
+            "`PeftModel.from_pretrained`, or set `base_fingerprint=None` to make a new adapter of that config."
+        )
 
 
 @torch.compiler.disable

@@ -1,5 +1,6 @@
 """DSEE as PEFT sees it: which modules are adapted, and what happens when an adapter is made, loaded or merged."""
 
+import contextlib
 import copy
 import logging
 import warnings
@@ -49,6 +50,12 @@ class DseeModel(BaseTuner):
             masks = unstructured_masks(layers, adapter_name, config.base_sparsity)
         for name, mask in masks.items():
             layers[name].set_mask(adapter_name, mask)
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> contextlib.AbstractContextManager:
+        """What PEFT does around a forward: nothing. But it would drop a mixture of adapters without a word."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("DSEE cannot mix adapters in one batch (`adapter_names`): call `set_adapter` instead.")
+        return contextlib.nullcontext()
 
     @staticmethod
     def _check_target_module_exists(peft_config: DseeConfig, key: str) -> Any:
