@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils.peft_types import PeftType
+from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from dsee.tiny_dsee import base_model, dsee_config, dsee_model, logits, stir
 from sparse_hf.dsee.config import DseeConfig
@@ -56,28 +57,28 @@ def test_peft_without_sparse_hf_and_sparse_hf_without_peft(tmp_path):
     assert second.endswith("run `pip install 'sparse_hf[peft]'`.")
 
 
-def int8_llama():
-    """A tiny Llama quantized by torchao."""
+def int8_llama(folder):
+    """A tiny Llama quantized by torchao, as users load one."""
     quantization = pytest.importorskip("torchao.quantization")
-    model = base_model("llama")
-    quantization.quantize_(model.model, quantization.Int8WeightOnlyConfig())
-    return model
+    base_model("llama").save_pretrained(folder)
+    config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32).eval()
 
 
 def test_a_quantized_base_is_tuned_but_not_masked(tmp_path):
-    plain = logits(int8_llama())
-    model = get_peft_model(int8_llama(), dsee_config("llama", base_sparsity=0.0)).eval()
+    plain = logits(int8_llama(tmp_path))
+    model = get_peft_model(int8_llama(tmp_path), dsee_config("llama", base_sparsity=0.0)).eval()
     torch.testing.assert_close(logits(model), plain)
     adapted = logits(stir(model))
     assert not torch.allclose(adapted, plain, atol=1e-3)
-    model.save_pretrained(tmp_path)
-    read = PeftModel.from_pretrained(int8_llama(), tmp_path).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    read = PeftModel.from_pretrained(int8_llama(tmp_path), tmp_path / "adapter").eval()
     assert torch.equal(logits(read), adapted)
     with model.disable_adapter():
         assert torch.equal(logits(model), plain)
     torch.testing.assert_close(logits(model.merge_and_unload()), adapted, atol=0.05, rtol=0.1)
     with pytest.raises(ValueError, match="S1 needs weights that can hold exact zeros, got a base quantized by"):
-        get_peft_model(int8_llama(), dsee_config("llama"))
+        get_peft_model(int8_llama(tmp_path), dsee_config("llama"))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
