@@ -84,6 +84,7 @@ def command(options: argparse.Namespace, run: Run, folder: Path) -> list[str]:
         arguments += ["--heads", heads, "--neurons", neurons]
     if run.mode == "search":
         arguments += ["--search_learning_rate", f"{task.learning_rate:g}"]
+        arguments += [] if options.draw_at is None else ["--draw_at", options.draw_at]
     if run.mode == "random":
         arguments += ["--ticket", str(folder.parent / run._replace(mode="search").name / "ticket")]
     return arguments
@@ -160,6 +161,7 @@ def main() -> None:
     parser.add_argument(
         "--slim_epochs", type=int, default=2, help="3 trains as long as dense; takes a folder of its own"
     )
+    parser.add_argument("--draw_at", help="draw there, not when the mask has settled; takes a folder of its own")
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
     if options.report:
