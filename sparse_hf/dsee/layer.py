@@ -1,6 +1,5 @@
 """One adapted matrix: W = W0 ⊙ S1 + scaling (U V + S2)."""
 
-import math
 from typing import Any
 
 import torch
@@ -11,15 +10,15 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sparse_hf.algorithms.bits import pack_bits, unpack_bits
-from sparse_hf.algorithms.sparse_update import Pattern, index_dtype, make_pattern
+from sparse_hf.algorithms.sparse_update import Pattern, make_pattern
 from sparse_hf.dsee.baked_mask import BakedMask
 from sparse_hf.dsee.config import DseeConfig
-from sparse_hf.dsee.product import adapted_product, dense_update
+from sparse_hf.dsee.new_adapter import make_room
+from sparse_hf.dsee.product import adapted_product, dense_update, merged_weight
 from sparse_hf.dsee.seen import Seen
 
 
 PREFIX = "sparse_hf_dsee_"
-V_DEVIATION = 0.02  # of V's normal start, as in the released code
 
 
 class DseeLayer(BaseTunerLayer):
@@ -75,27 +74,9 @@ class DseeLayer(BaseTunerLayer):
         Args:
             tuned: whether the matrix gets U V and S2, or S1 alone.
         """
-        if tuned and config.r:
-            self._start_low_rank(adapter_name, config, generator)
-        if tuned and config.nnz:
-            numel = math.prod(self.weight_shape)
-            if config.nnz > numel:
-                raise ValueError(
-                    f"`nnz` must be at most {numel}, the weights of a target matrix of shape {self.weight_shape}, "
-                    f"got {config.nnz}: lower it or leave that module out."
-                )
-            start = torch.zeros(config.nnz)
-            if not config.init_weights:
-                start.normal_(std=V_DEVIATION, generator=generator)
-            self.sparse_hf_dsee_values[adapter_name] = nn.Parameter(start)
-            self.sparse_hf_dsee_indices[adapter_name] = torch.arange(config.nnz, dtype=index_dtype(self.weight_shape))
         if config.base_sparsity or config.base_pattern:
             self._check_maskable()
-            everything = torch.full(((math.prod(self.weight_shape) + 7) // 8,), 255, dtype=torch.uint8)
-            spare = -math.prod(self.weight_shape) % 8
-            everything[-1] = 255 >> spare
-            self.sparse_hf_dsee_mask[adapter_name] = everything
-        self.sparse_hf_dsee_scaling[adapter_name] = config.scaling
+        make_room(self, adapter_name, config, tuned, generator)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self._looked = False
         if config.base_fingerprint is not None:
@@ -103,15 +84,6 @@ class DseeLayer(BaseTunerLayer):
             if placeholder is not None:
                 self._awaited[adapter_name] = Seen.of(placeholder)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def _start_low_rank(self, adapter_name: str, config: DseeConfig, generator: torch.Generator) -> None:
-        left, right = torch.zeros(self.out_features, config.r), torch.empty(config.r, self.in_features)
-        right.normal_(std=V_DEVIATION, generator=generator)
-        if not config.init_weights:
-            left.normal_(std=V_DEVIATION, generator=generator)
-        self.sparse_hf_dsee_U[adapter_name] = nn.Parameter(left)
-        self.sparse_hf_dsee_V[adapter_name] = nn.Parameter(right)
-        self.sparse_hf_dsee_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
     def _check_maskable(self) -> None:
         if self.quantization_backend is not None:
@@ -251,14 +223,7 @@ class DseeLayer(BaseTunerLayer):
             return 0.0
         self.settle(names)
         before = self.get_base_weight()
-        merged = before.float()
-        for name in names:
-            merged = merged + self.get_delta_weight(name).float()
-        taken = 0.0
-        if sparse:
-            keep = self.sparse_hf_dsee_baked.mask(before)
-            taken = float(merged[~keep].norm() / merged.norm().clamp_min(1e-30))
-            merged = merged.masked_fill(~keep, 0)
+        merged, taken = merged_weight(self, names, sparse)
         if safe_merge and not torch.isfinite(merged).all():
             self.settle()
             raise ValueError(f"NaNs detected in the merged weights. The adapter {names} seems to be broken.")

@@ -42,6 +42,19 @@ def dense_update(layer: "DseeLayer", name: str) -> Tensor:
     return update * layer.sparse_hf_dsee_scaling[name]
 
 
+def merged_weight(layer: "DseeLayer", names: list[str], sparse: bool) -> tuple[Tensor, float]:
+    """W in float32, and with `sparse` the share of its norm that S1 took; S1 is in the frozen weight already."""
+    before = layer.get_base_weight()
+    merged = before.float()
+    for name in names:
+        merged = merged + dense_update(layer, name).float()
+    if not sparse:
+        return merged, 0.0
+    keep = layer.sparse_hf_dsee_baked.mask(before)
+    taken = float(merged[~keep].norm() / merged.norm().clamp_min(1e-30))
+    return merged.masked_fill(~keep, 0), taken
+
+
 def _base_and_sparse(layer: "DseeLayer", x: Tensor, names: list[str]) -> Tensor:
     if not names:
         return layer.base_layer(x)
