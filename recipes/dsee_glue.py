@@ -14,7 +14,7 @@ Each seed has a folder; one that is finished is not repeated, and a killed one c
 import copy
 import json
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -62,6 +62,7 @@ def adapter_of(arguments: Arguments, seed: int) -> PeftConfig | None:
 def train_seed(task: TaskArguments, arguments: Arguments, training_args: TrainingArguments) -> dict:
     """Train and evaluate with one seed; what `eval_results.json` of its folder says."""
     folder = Path(training_args.output_dir)
+    check_same(folder, asdict(task) | asdict(arguments))
     if (folder / "eval_results.json").is_file():
         return json.loads((folder / "eval_results.json").read_text())
     parts = trainer_parts(task, training_args)
@@ -84,6 +85,21 @@ def train_seed(task: TaskArguments, arguments: Arguments, training_args: Trainin
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
     return metrics
+
+
+def check_same(folder: Path, given: dict) -> None:
+    """Note what a seed's folder is run with; refuse to mix two experiments in it."""
+    given.pop("seeds")
+    note = folder / "arguments.json"
+    if not note.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(given, indent=2))
+    held = json.loads(note.read_text())
+    if differing := [name for name in given if held.get(name) != given[name]]:
+        raise ValueError(
+            f"`{folder}` holds a run with {differing[0]}={held.get(differing[0])!r}, got {given[differing[0]]!r}. "
+            "Choose another `output_dir`."
+        )
 
 
 def main() -> None:

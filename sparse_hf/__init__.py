@@ -74,10 +74,10 @@ register_slim_models()
 _NO_PEFT: ImportError | None = None
 try:
     from sparse_hf.dsee.registration import register_dsee
-except ImportError as error:
-    _NO_PEFT = error
-else:
+
     register_dsee()
+except ImportError as error:  # not installed, or too old
+    _NO_PEFT = error
 
 
 def __getattr__(name: str) -> object:

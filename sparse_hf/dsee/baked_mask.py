@@ -1,5 +1,7 @@
 """S1 in a frozen weight: zeros that cost nothing per step, and the way back to the same bits."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -11,16 +13,18 @@ class BakedMask(nn.Module):
 
     The mask is applied once, in place. What it removed is kept as a vector (the sparsity times the weight's size in
     memory, not saved), so that disabling or removing the adapter gives the weight back bit for bit. Both follow the
-    model to another device or dtype.
+    model to another device or dtype. They are no buffers, since DDP would send those in every forward pass.
     """
-
-    bits: Tensor | None
-    removed: Tensor | None
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("bits", None, persistent=False)
-        self.register_buffer("removed", None, persistent=False)
+        self.bits: Tensor | None = None
+        self.removed: Tensor | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BakedMask":
+        if self.bits is not None and self.removed is not None:
+            self.bits, self.removed = fn(self.bits), fn(self.removed)
+        return super()._apply(fn, recurse)
 
     @torch.no_grad()
     def bake_(self, weight: Tensor, mask: Tensor) -> None:

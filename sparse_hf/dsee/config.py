@@ -3,12 +3,21 @@
 import math
 import re
 from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
 
 from peft import PeftConfig
 
 from sparse_hf.dsee.registration import dsee_type
 
 
+CARD = """
+
+### To load this adapter
+
+It is a DSEE adapter of sparse_hf: install sparse_hf with PEFT, and `import sparse_hf` before
+`PeftModel.from_pretrained(...)` or `AutoModel....from_pretrained(...)`.
+"""
 SUPPORTS = ("magnitude", "decomposition", "random", "rows", "columns")
 ON_OTHER_BASE = ("warn", "raise")
 
@@ -86,6 +95,13 @@ class DseeConfig(PeftConfig):
         """What is saved."""
         content = {one.name: getattr(self, one.name) for one in fields(self)}
         return super().to_dict() | content | {"base_fingerprint": self.base_fingerprint or self._own_fingerprint}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's; and say in the model card, which PEFT wrote before, what loading the adapter needs."""
+        super().save_pretrained(save_directory, **kwargs)
+        card = Path(save_directory) / "README.md"
+        if card.is_file() and "import sparse_hf" not in (text := card.read_text(encoding="utf-8")):
+            card.write_text(text.rstrip() + CARD, encoding="utf-8")
 
     def found_on(self, fingerprint: str | None) -> None:
         """Note the base the adapter was made on, to be saved with it."""

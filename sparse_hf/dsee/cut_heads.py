@@ -15,6 +15,7 @@ from sparse_hf.anatomy.slim import cut_units
 from sparse_hf.anatomy.units import find_units, table_of
 from sparse_hf.dsee.layer import DseeLayer
 from sparse_hf.dsee.masks import adapted_layers
+from sparse_hf.dsee.model import dsee_sparsity
 
 
 @dataclass
@@ -59,7 +60,7 @@ def heads_by_update(model: nn.Module, adapter_name: str = "default") -> dict[str
     """
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     layers = adapted_layers(inner, adapter_name)
-    table = table_of(inner)
+    table, stock = table_of(inner), _plain(inner)
     counts = {one.key: one.count for one in find_units(inner, table)}
     scores = {}
     for key, count in counts.items():
@@ -73,13 +74,13 @@ def heads_by_update(model: nn.Module, adapter_name: str = "default") -> dict[str
                 f"in `{path}`: name one in `target_modules`."
             )
         scores[key] = torch.zeros(count)
+        updates = {name: layers[name].get_delta_weight(adapter_name).detach() for name in names}
         for head in range(count):
             # All parts of a head, however they are fused, by the table.
             kept = {other: torch.tensor([head] if other == key else [0]) for other in counts}
-            slices = unit_slices(_plain(inner), table, kept)
-            for name in names:
+            slices = unit_slices(stock, table, kept)
+            for name, update in updates.items():
                 part = slices[f"{name}.weight"]
-                update = layers[name].get_delta_weight(adapter_name).detach()
                 scores[key][head] += update.index_select(part.axis, part.index.to(update.device)).abs().sum().cpu()
     return scores
 
@@ -104,18 +105,36 @@ def cut_heads(model: PeftModel, fraction: float, adapter_name: str = "default") 
     kept = dict(zip(scores, select_units(list(scores.values()), fraction, "layer"), strict=True))
     config = copy.deepcopy(model.peft_config[adapter_name])
     config.base_fingerprint, config.inference_mode = None, False
+    config.support = "magnitude"  # of the entries that begin anew
     layers = adapted_layers(model.get_base_model(), adapter_name)
     held = {name: _held(layer, adapter_name) for name, layer in layers.items()}
-    base = model.unload()
-    table = table_of(base)
-    units = find_units(base, table)
+    stock = _plain(model.get_base_model())
+    table = table_of(stock)
+    units = find_units(stock, table)
     kept |= {one.key: torch.ones(one.count, dtype=torch.bool) for one in units if one.key not in kept}
-    slices = unit_slices(base, table, {key: mask.nonzero().flatten() for key, mask in kept.items()})
+    slices = unit_slices(stock, table, {key: mask.nonzero().flatten() for key, mask in kept.items()})
+    _check_room(layers, adapter_name, slices)
+    if config.base_pattern or config.base_sparsity:
+        config.base_pattern, config.base_sparsity = None, dsee_sparsity(model).base or 0.5  # room for the old masks
+    base = model.unload()
     smaller = get_peft_model(cut_units(base, kept, table), config, adapter_name)
     for name, layer in adapted_layers(smaller.get_base_model(), adapter_name).items():
         part = slices.get(f"{name}.weight")
         _fill(layer, adapter_name, held[name] if part is None else held[name].cut(part, layer.input_first))
     return smaller
+
+
+def _check_room(layers: dict[str, DseeLayer], adapter: str, slices: dict[str, Slice]) -> None:
+    """While the model is still whole."""
+    for name, layer in layers.items():
+        part = slices.get(f"{name}.weight")
+        if part is not None and adapter in layer.sparse_hf_dsee_values:
+            left = layer.weight.numel() // layer.weight.shape[part.axis] * len(part.index)
+            if layer.sparse_hf_dsee_values[adapter].numel() > left:
+                raise ValueError(
+                    f"`nnz` must be at most {left}, what the cut leaves of `{name}`, got "
+                    f"{layer.sparse_hf_dsee_values[adapter].numel()}: cut fewer heads."
+                )
 
 
 def _plain(model: nn.Module) -> nn.Module:

@@ -1,5 +1,6 @@
 """One adapted matrix: W = W0 ⊙ S1 + scaling (U V + S2)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ class DseeLayer(BaseTunerLayer):
         self.register_buffer("_before_merge", None, persistent=False)
         self._patterns: dict[str, tuple[Seen, Pattern]] = {}
         self._settled: list[Seen] = []
+        self._weight_seen: Seen | None = None
         self._awaited: dict[str, Seen] = {}  # placeholders of what a file should bring
         self._looked = False  # whether the files' contents are known to be in force; see `forward`
         base = self.get_base_layer()
@@ -138,6 +140,7 @@ class DseeLayer(BaseTunerLayer):
         if names is None:
             names = [] if self.disable_adapters else self.active_adapters
         masks = [self.sparse_hf_dsee_mask[name] for name in names if name in self.sparse_hf_dsee_mask]
+        self._notice_other_weight(weight)
         if len(masks) == len(self._settled) and all(map(Seen.still, self._settled, masks)):
             return
         self.sparse_hf_dsee_baked.restore_(weight.data)
@@ -146,6 +149,16 @@ class DseeLayer(BaseTunerLayer):
             kept = [unpack_bits(mask, self.weight_shape) for mask in masks]
             self.sparse_hf_dsee_baked.bake_(weight.data, torch.stack(kept).all(0))
         self._settled = [Seen.of(mask) for mask in masks]
+        self._weight_seen = Seen.of(weight)
+
+    def _notice_other_weight(self, weight: Tensor) -> None:
+        """If other base weights were loaded over the masked ones, mask them anew and forget what was removed."""
+        if self._weight_seen is None or self._weight_seen.still(weight):
+            return
+        if bool(weight[~self.sparse_hf_dsee_baked.mask(weight)].any()):
+            self.sparse_hf_dsee_baked.forget()
+            self._settled = []
+        self._weight_seen = Seen.of(weight)  # with the same zeros it is the same base: DDP writes to weights too
 
     def look(self) -> None:
         """Note that masks and supports may have been loaded in place."""
@@ -291,6 +304,14 @@ class DseeLinear(nn.Module, DseeLayer):
         """As any module; a moment to notice what was loaded in place."""
         self.look()
         return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DseeLinear":
+        same = self._weight_seen is not None and self._weight_seen.still(self.weight)
+        super()._apply(fn, recurse)
+        if same:
+            self._weight_seen = Seen.of(self.weight)
+        self._looked = False  # patterns are to follow to another device
+        return self
 
     def __repr__(self) -> str:
         return "sparse_hf." + super().__repr__()

@@ -23,6 +23,7 @@ def unstructured_masks(
 ) -> dict[str, Tensor]:
     """S1 over whole groups: the tuned matrices by `score`, those that are only masked by |W0|.
 
+    Weights whose score is 0 (before the first step, or with `r=0` nearly all) are ranked by |W0| behind the others.
     Each group reaches `sparsity` exactly (rounded to whole weights), ranked over all its matrices together, as in
     DSEE's released code (`ad_pruning_ratio`, `pruning_ratio`). That code ranks by |update| only; its sum with W0 has a
     precedence error, which is not repeated here.
@@ -37,12 +38,24 @@ def unstructured_masks(
     masks: dict[str, Tensor] = {}
     for group in (tuned, layers.keys() - tuned):
         names = [name for name in layers if name in group]
-        scores = [_score(layers[name], adapter_name, score if name in tuned else "weight") for name in names]
         if names:
+            scores = [_score(layers[name], adapter_name, score if name in tuned else "weight") for name in names]
             count = sum(one.numel() for one in scores)
-            kept = keep_largest(scores, count - round(sparsity * count), absolute=True, names=names)
+            kept = _keep(scores, [layers[name] for name in names], count - round(sparsity * count), names)
             masks |= dict(zip(names, kept, strict=True))
     return masks
+
+
+def _keep(scores: list[Tensor], layers: list[DseeLayer], num_keep: int, names: list[str]) -> list[Tensor]:
+    """The largest scores; where fewer than `num_keep` are not zero, the others by |W0| and not by their place."""
+    nonzero = [one != 0 for one in scores]
+    free = num_keep - sum(int(one.sum()) for one in nonzero)
+    if free <= 0:
+        return keep_largest(scores, num_keep, absolute=True, names=names)
+    weights = [layer.frozen_weight().float() for layer in layers]
+    others = [~one for one in nonzero]
+    filled = keep_largest(weights, free, candidates=others, min_per_tensor=0, absolute=True, names=names)
+    return [one | other for one, other in zip(nonzero, filled, strict=True)]
 
 
 @torch.no_grad()

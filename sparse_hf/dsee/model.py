@@ -32,8 +32,12 @@ class DseeModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter: choose its support and mask, or check the base if a file is about to be read."""
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
+        if config.masked_modules and not any(_is_masked(config, name) for name, _ in model.named_modules()):
+            raise ValueError(
+                f"`masked_modules` must name modules of the model, got {config.masked_modules}, which match none."
+            )
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
         layers = adapted_layers(model, adapter_name)
         found = fingerprint(layers)
         config.found_on(found)
@@ -48,6 +52,8 @@ class DseeModel(BaseTuner):
             masks = n_m_masks(layers, config.base_pattern)
         elif config.base_sparsity:
             masks = unstructured_masks(layers, adapter_name, config.base_sparsity)
+        if masks:
+            _check_untied(model, layers)
         for name, mask in masks.items():
             layers[name].set_mask(adapter_name, mask)
 
@@ -190,6 +196,13 @@ def _make_room_for_masks(
         kept += int(unpack_bits(state_dict[f"{name}.{PREFIX}mask"], layer.weight_shape).sum())
     if layers and not config.base_pattern:
         config.base_sparsity = 1 - kept / weights  # by which the next one to load it makes room
+
+
+def _check_untied(model: nn.Module, layers: dict[str, DseeLayer]) -> None:
+    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    for name, layer in layers.items():
+        if embeddings is not None and layer.weight is getattr(embeddings, "weight", None):
+            raise ValueError(f"S1 would remove the input embeddings that `{name}` is tied to: leave that module out.")
 
 
 def _is_masked(config: DseeConfig, key: str) -> bool:

@@ -61,16 +61,30 @@ def _base_and_sparse(layer: "DseeLayer", x: Tensor, names: list[str]) -> Tensor:
     scaled = [layer.sparse_hf_dsee_values[name] * layer.sparse_hf_dsee_scaling[name] for name in names]
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    if layer.quantization_backend is None:
+    if _is_plain(layer):
         base, first = layer.get_base_layer(), layer.pattern(names[0])
         result = linear_with_update(x, base.weight, base.bias, scaled[0], first, input_first=layer.input_first)
         names, scaled = names[1:], scaled[1:]
     else:
-        result = layer.quantization_backend.maybe_clone_base_result(layer.base_layer(x))
+        result = layer.base_layer(x)
+        if layer.quantization_backend is not None:
+            result = layer.quantization_backend.maybe_clone_base_result(result)
     for name, values in zip(names, scaled, strict=True):
         alone = update_alone(x, values, layer.pattern(name), layer.out_features, input_first=layer.input_first)
         result = result + alone.to(result.dtype)
     return result
+
+
+def _is_plain(layer: "DseeLayer") -> bool:
+    """Whether the base is nothing but its weight: not quantized, adapted, hooked, or given another forward."""
+    base = layer.base_layer
+    hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+    return (
+        layer.quantization_backend is None
+        and base is layer.get_base_layer()
+        and not hooked
+        and "forward" not in vars(base)
+    )
 
 
 def _plus_low_rank(layer: "DseeLayer", result: Tensor, x: Tensor, name: str) -> Tensor:

@@ -28,9 +28,9 @@ def dsee_type() -> PeftType:
 
 def register_dsee() -> None:
     """Let PEFT make, save and load DSEE adapters. Calling it again changes nothing."""
-    if dsee_type() in PEFT_TYPE_TO_TUNER_MAPPING:
-        return
-    from sparse_hf.dsee.config import DseeConfig  # here, since a config needs the name
+    # Here, since a config needs the name; and first, so that an older PEFT without what they use is left as it was.
+    from sparse_hf.dsee.config import DseeConfig
     from sparse_hf.dsee.model import DseeModel
 
-    register_peft_method(name=METHOD, config_cls=DseeConfig, model_cls=DseeModel)
+    if dsee_type() not in PEFT_TYPE_TO_TUNER_MAPPING:
+        register_peft_method(name=METHOD, config_cls=DseeConfig, model_cls=DseeModel)

@@ -50,6 +50,7 @@ class CandidateGradients:
             for name, places in candidates.items()
         }
         self.sums = {name: torch.zeros(len(places)) for name, places in candidates.items()}
+        self._unseen = set(candidates)
         self._watching = contextlib.ExitStack()
 
     def start(self) -> None:
@@ -57,17 +58,31 @@ class CandidateGradients:
         self._watching.enter_context(watched(self._layers, self._add))
 
     def stop(self) -> dict[str, Tensor]:
-        """float32 sums per layer, over all processes where there are several."""
+        """float32 sums per layer, over all processes where there are several.
+
+        Raises:
+            RuntimeError: no gradient came through some layer, as when a compiled model does not know of the hooks.
+        """
         self._watching.close()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            for one in self.sums.values():
-                torch.distributed.all_reduce(one)
+        if self._unseen:
+            raise RuntimeError(
+                f"No gradient was seen at `{min(self._unseen)}`: train without `torch.compile`, and with the layer in "
+                "use, for a support to move."
+            )
+        _sum_over_processes(self.sums)
         return self.sums
 
     @torch.no_grad()
     def _add(self, name: str, x: Tensor, gradient: Tensor) -> None:
         found = gradient_at(self._patterns[name], x, gradient, input_first=self._layers[name].input_first)
         self.sums[name] = self.sums[name].to(found.device) + found.float()
+        self._unseen.discard(name)
+
+
+def _sum_over_processes(sums: Mapping[str, Tensor]) -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for one in sums.values():
+            torch.distributed.all_reduce(one)
 
 
 def support_by_gradient(
@@ -100,13 +115,16 @@ def support_by_gradient(
 
     training = model.training
     model.eval()
-    with watched(layers, add):
-        for batch in batches:
-            loss = model(**batch).loss
-            parameters = [one for one in model.parameters() if one.requires_grad]
-            torch.autograd.grad(loss, parameters, allow_unused=True)
-    model.train(training)
+    try:
+        with watched(layers, add):
+            for batch in batches:
+                loss = model(**batch).loss
+                parameters = [one for one in model.parameters() if one.requires_grad]
+                torch.autograd.grad(loss, parameters, allow_unused=True)
+    finally:
+        model.train(training)
     if not sums:
         raise ValueError("A support by gradient needs at least one batch, got none.")
+    _sum_over_processes(sums)
     for name, layer in layers.items():
         layer.set_support(adapter_name, largest_support(sums[name], layer.sparse_hf_dsee_values[adapter_name].numel()))

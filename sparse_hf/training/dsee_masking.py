@@ -27,7 +27,7 @@ class DseeMaskingCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: object
     ) -> None:
         """Check that there is an adapter to mask, and that the schedule ends within the training."""
-        dsee_adapter(model)
+        check_maskable(model)
         end = self.config.start_step if self.config.end_step is None else self.config.end_step
         if end > state.max_steps:
             raise ValueError(
@@ -61,6 +61,16 @@ class DseeMaskingCallback(TrainerCallback):
         from sparse_hf.dsee.masks import mask_by_update  # here, since it needs PEFT
 
         mask_by_update(model, dsee_adapter(model), sparsity, self.config.score)
+
+
+def check_maskable(model: nn.Module) -> None:
+    """Raise ValueError if the model has not one active DSEE adapter, or one whose S1 is N:M, which would be lost."""
+    adapter = dsee_adapter(model)
+    if pattern := model.peft_config[adapter].base_pattern:
+        raise ValueError(
+            f"Masking by the update is unstructured and would replace S1 of the pattern {pattern}: make the adapter "
+            "without `base_pattern`."
+        )
 
 
 def dsee_layers(model: nn.Module) -> "list[DseeLayer]":

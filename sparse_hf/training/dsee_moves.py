@@ -1,7 +1,5 @@
 """When does the support of S2 move while it is trained?"""
 
-import hashlib
-
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -45,13 +43,22 @@ class DseeSupportCallback(TrainerCallback):
         self.end_fraction, self.seed = end_fraction, seed
         self._watching = None
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: object
+    ) -> None:
+        """Check that there is an adapter whose support can be watched."""
+        dsee_adapter(model)
+        if args.torch_compile:
+            raise ValueError("A support cannot move under `torch_compile`, which does not see hooks: switch it off.")
+
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: object
     ) -> None:
         """Watch the gradients at new candidates in the steps that end with a move."""
         if not self._due(state):
             return
-        from sparse_hf.dsee.masks import adapted_layers  # here, since it needs PEFT
+        from sparse_hf.dsee.choices import seeded  # here, since it needs PEFT
+        from sparse_hf.dsee.masks import adapted_layers
         from sparse_hf.dsee.weight_gradients import CandidateGradients
 
         adapter = dsee_adapter(model)
@@ -63,7 +70,7 @@ class DseeSupportCallback(TrainerCallback):
             name: random_support(
                 layer.weight_shape,
                 min(layer.weight.numel(), self.candidates * layer.sparse_hf_dsee_values[adapter].numel()),
-                self._generator(state.global_step, name),
+                seeded(self.seed, f"{state.global_step} {name}"),
             )
             for name, layer in layers.items()
         }
@@ -84,7 +91,10 @@ class DseeSupportCallback(TrainerCallback):
             return
         watching, layers, places, adapter = self._watching
         self._watching = None
-        for name, gradients in watching.stop().items():
+        found = watching.stop()
+        if not all(bool(one.isfinite().all()) for one in found.values()):
+            return  # an overflow in fp16: the optimizer skipped this step too
+        for name, gradients in found.items():
             layer = layers[name]
             values, indices = layer.sparse_hf_dsee_values[adapter], layer.sparse_hf_dsee_indices[adapter]
             new, origin = move_support(
@@ -102,10 +112,6 @@ class DseeSupportCallback(TrainerCallback):
     def _due(self, state: TrainerState) -> bool:
         step = state.global_step + 1
         return step % self.every == 0 and step <= self.end_fraction * state.max_steps
-
-    def _generator(self, step: int, name: str) -> torch.Generator:
-        digest = hashlib.sha256(f"{self.seed} {step} {name}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def _moments(optimizer: torch.optim.Optimizer, values: Tensor) -> list[Tensor]:

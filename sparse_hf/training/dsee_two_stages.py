@@ -15,7 +15,7 @@ from transformers.trainer_utils import TrainOutput
 
 from sparse_hf.dsee.masking_config import DseeTwoStageConfig
 from sparse_hf.training.checkpoints import last_complete_checkpoint
-from sparse_hf.training.dsee_masking import dsee_adapter
+from sparse_hf.training.dsee_masking import check_maskable, dsee_adapter
 from sparse_hf.training.for_one_training import train_anew, without_model_init
 from sparse_hf.training.search_checks import check_optimizers, check_resume
 from sparse_hf.training.search_journal import begin_search, open_journal
@@ -34,10 +34,11 @@ class DseeTwoStages:
     def __init__(self, trainer: "SparseTrainer", config: DseeTwoStageConfig) -> None:
         """
         Raises:
-            ValueError: the trainer was given a ready-made optimizer, or its model has not one active DSEE adapter.
+            ValueError: the trainer was given a ready-made optimizer, or its model has not one active DSEE adapter
+                without `base_pattern`.
         """
         check_optimizers(trainer)
-        dsee_adapter(trainer.model)
+        check_maskable(trainer.model)
         self.trainer = trainer
         self.config = config
         self.stage = 0

@@ -58,3 +58,9 @@ def test_a_finished_seed_is_not_repeated(run, places):
     run("again", *SMALL, "--seeds", "0", "1")
     assert results(places, "again")["eval_loss"] == 42.0
     assert results(places, "again", 1)["eval_loss"] != 42.0
+
+
+def test_another_experiment_in_the_same_folder(run):
+    run("mixed", *SMALL)
+    with pytest.raises(ValueError, match="holds a run with nnz=8, got 4"):
+        run("mixed", "--r", "2", "--nnz", "4", "--target_modules", "query", "value")

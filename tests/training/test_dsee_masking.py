@@ -126,3 +126,9 @@ def test_the_adapter_stays_whole_when_nothing_is_masked():
     model = tiny_dsee()
     assert masks_of(model) == {}
     assert zeros_in(model, "key") == 0
+
+
+def test_a_pattern_is_not_replaced_without_a_word(tmp_path):
+    trainer = plain_trainer(tmp_path, [DseeMaskingCallback(DseeMaskingConfig(0.5))], tiny_dsee(base_pattern="2:4"))
+    with pytest.raises(ValueError, match="would replace S1 of the pattern 2:4"):
+        trainer.train()
