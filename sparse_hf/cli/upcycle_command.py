@@ -13,6 +13,9 @@ def upcycle_folder(
     destination: Annotated[Path, typer.Argument(help="New folder for the mixture of experts.")],
     experts: Annotated[int, typer.Option(help="Experts of every mixture.")] = 8,
     top_k: Annotated[int, typer.Option(help="Experts per token.")] = 2,
+    target: Annotated[
+        str | None, typer.Option(help="Model type of the mixture, where several are exact, as glm4_moe for a Llama.")
+    ] = None,
     router_std: Annotated[float, typer.Option(help="Standard deviation of the routers' start; 0 for zeros.")] = 0.02,
     seed: Annotated[int, typer.Option(help="Of the routers and of the check's tokens.")] = 0,
     check_tokens: Annotated[int, typer.Option(help="Tokens to compare the logits on; 0 skips that.")] = 256,
@@ -21,7 +24,7 @@ def upcycle_folder(
     """Write a native mixture of experts whose experts are copies of the dense FFN; a killed run goes on."""
     from sparse_hf.moe.upcycle import carry_out, plan_upcycling
 
-    plan = plan_upcycling(source, destination, experts, top_k, router_std=router_std, seed=seed)
+    plan = plan_upcycling(source, destination, experts, top_k, router_std=router_std, seed=seed, target=target)
     console.print(str(plan), markup=False, soft_wrap=True)
     if plan_only:
         return

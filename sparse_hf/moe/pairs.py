@@ -1,148 +1,221 @@
-"""Which dense architecture computes the same as which mixture-of-experts architecture, and what must be checked?
+"""Which dense architecture computes the same as which mixture-of-experts architecture, and what must be checked?"""
 
-With identical experts the output is E(x) times the sum of the chosen experts' weights. A conversion is exact where
-that sum is 1 for every token: a softmax over the chosen experts (Mixtral), or one that is renormalised over them
-(`norm_topk_prob`).
-"""
-
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedConfig
 
-
-# Entries of a decoder's config that mean the same on both sides.
-DECODER_ENTRIES = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "use_cache",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "tie_word_embeddings",
-    "attention_dropout",
-    "rope_parameters",
+from sparse_hf.moe.targets import (
+    COHERE2_MOE,
+    DOTS1,
+    ERNIE4_5_MOE,
+    FLEX_OLMO,
+    GLM4_MOE,
+    GRANITE_MOE,
+    HUNYUAN_V1_MOE,
+    LFM2_MOE,
+    MIXTRAL,
+    QWEN2_MOE,
+    QWEN3_MOE,
+    Target,
 )
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A dense `model_type` and the mixture of experts that it becomes."""
+    """A dense `model_type` and a mixture of experts that it becomes."""
 
     source: str
-    target: str
-    architecture: str = field(metadata={"help": "Class of the target."})
-    expert: str = field(metadata={"help": "Name of an expert's matrix, of {layer}, {expert} and {matrix}."})
-    matrices: Mapping[str, str] = field(metadata={"help": "The target's name of the matrix, by the source's."})
-    router: str = field(metadata={"help": "Name of the router's weight, of {layer}."})
-    width: str = field(metadata={"help": "Entry of the target's config for an expert's neurons."})
-    experts: str = field(metadata={"help": "Entry of the target's config for the number of experts."})
-    carried: tuple[str, ...] = field(default=DECODER_ENTRIES, metadata={"help": "Entries copied as they are."})
-    fixed: Mapping[str, object] = field(default_factory=dict, metadata={"help": "Entries that make it exact."})
+    target: Target
     required: Mapping[str, tuple] = field(
-        default_factory=dict, metadata={"help": "Values that entries of the source must have, and why."}
+        metadata={"help": "Values that entries of the source must have (a list: each of its values), and why."}
     )
-    dense_layers: str | None = field(default=None, metadata={"help": "Entry that lists the layers left dense."})
+    carried: tuple[str, ...] = field(default=(), metadata={"help": "Entries copied beside the target's usual ones."})
+    fixed: Mapping[str, object] = field(default_factory=dict, metadata={"help": "Entries that make it exact."})
+    rope_dropped: tuple[str, ...] = field(default=(), metadata={"help": "Entries of `rope_parameters` left out."})
+    splits: Mapping[str, tuple] = field(
+        default_factory=dict,
+        metadata={"help": "Weights that are others, one below the other: their names and shares of rows."},
+    )
 
 
-NO_MLP_BIAS = ((False, None), "the target's experts have no biases")
-NO_ATTENTION_BIAS = ((False, None), "the target's attention has no biases")
-SILU = (("silu",), "engines run experts with SiLU only")
-NO_SLIDING_WINDOW = ((False, None), "windows that differ between layers were not checked")
+SILU = {"hidden_act": (("silu",), "engines run experts with SiLU only")}
+NO_MLP_BIAS = {"mlp_bias": ((False, None), "the target's experts have no biases")}
+NO_ATTENTION_BIAS = {"attention_bias": ((False, None), "the target's attention has no such biases")}
+NO_SWITCHED_WINDOW = {"use_sliding_window": ((False, None), "windows that differ between layers were not checked")}
+NO_WINDOW = {"sliding_window": ((None,), "the target attends to everything")}
+FULL_ROTARY = {"rope_parameters.partial_rotary_factor": ((None, 1.0), "the target is told to rotate whole heads")}
 
-_MIXTRAL = {
-    "target": "mixtral",
-    "architecture": "MixtralForCausalLM",
-    "expert": "model.layers.{layer}.block_sparse_moe.experts.{expert}.{matrix}.weight",
-    "matrices": {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"},
-    "router": "model.layers.{layer}.block_sparse_moe.gate.weight",
-    "width": "intermediate_size",
-    "experts": "num_local_experts",
-}
-
+# The first of a family is its default: the one that most engines have had for longest.
 PAIRS = {
-    "llama": Pair(
-        source="llama",
-        **_MIXTRAL,
-        fixed={"sliding_window": None},
-        required={"mlp_bias": NO_MLP_BIAS, "attention_bias": NO_ATTENTION_BIAS, "hidden_act": SILU},
+    "llama": (
+        Pair("llama", MIXTRAL, NO_MLP_BIAS | NO_ATTENTION_BIAS | SILU, fixed={"sliding_window": None}),
+        Pair("llama", GLM4_MOE, NO_MLP_BIAS | NO_ATTENTION_BIAS | SILU | FULL_ROTARY),
     ),
-    # Without its window a Mistral loads cleanly and computes something else beyond it.
-    "mistral": Pair(
-        source="mistral",
-        **_MIXTRAL,
-        carried=(*DECODER_ENTRIES, "sliding_window"),
-        required={"hidden_act": SILU},
+    "mistral": (
+        # Without its window a Mistral loads cleanly and computes something else beyond it.
+        Pair("mistral", MIXTRAL, SILU, carried=("sliding_window",)),
+        Pair("mistral", GLM4_MOE, SILU | NO_WINDOW | FULL_ROTARY),
     ),
-    "qwen3": Pair(
-        source="qwen3",
-        target="qwen3_moe",
-        architecture="Qwen3MoeForCausalLM",
-        expert="model.layers.{layer}.mlp.experts.{expert}.{matrix}.weight",
-        matrices={"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"},
-        router="model.layers.{layer}.mlp.gate.weight",
-        width="moe_intermediate_size",
-        experts="num_experts",
-        carried=(*DECODER_ENTRIES, "intermediate_size", "attention_bias"),
-        fixed={"norm_topk_prob": True, "decoder_sparse_step": 1, "use_sliding_window": False, "sliding_window": None},
-        required={"hidden_act": SILU, "use_sliding_window": NO_SLIDING_WINDOW},
-        dense_layers="mlp_only_layers",
+    "ministral3": (
+        Pair(
+            "ministral3",
+            MIXTRAL,
+            {
+                "rope_parameters.llama_4_scaling_beta": (
+                    (0.0,),
+                    "the target does not scale queries by their position, which these models do in long texts",
+                ),
+                **SILU,
+            },
+            carried=("sliding_window",),
+            rope_dropped=("llama_4_scaling_beta", "max_position_embeddings"),
+        ),
+    ),
+    "smollm3": (
+        Pair(
+            "smollm3",
+            MIXTRAL,
+            {
+                "no_rope_layers": (
+                    (1,),
+                    "a layer with 0 has no rotary positions (SmolLM3-3B: every fourth), and the target's layers have",
+                ),
+                **NO_SWITCHED_WINDOW,
+                **NO_MLP_BIAS,
+                **NO_ATTENTION_BIAS,
+                **SILU,
+            },
+            fixed={"sliding_window": None},
+        ),
+    ),
+    "phi3": (
+        Pair(
+            "phi3",
+            MIXTRAL,
+            {
+                "rope_parameters.partial_rotary_factor": ((None, 1.0), "the target rotates whole heads"),
+                "rope_parameters.rope_type": (("default",), "longer contexts were not checked"),
+                "resid_pdrop": ((0.0,), "the target has no such dropout"),
+                "embd_pdrop": ((0.0,), "the target has no such dropout"),
+                **SILU,
+            },
+            carried=("sliding_window",),
+            rope_dropped=("partial_rotary_factor",),
+            splits={
+                "self_attn.qkv_proj": (
+                    ("self_attn.q_proj", "num_attention_heads"),
+                    ("self_attn.k_proj", "num_key_value_heads"),
+                    ("self_attn.v_proj", "num_key_value_heads"),
+                ),
+                "mlp.gate_up_proj": (("mlp.gate_proj", 1), ("mlp.up_proj", 1)),
+            },
+        ),
+    ),
+    "qwen2": (
+        Pair("qwen2", QWEN2_MOE, NO_SWITCHED_WINDOW | SILU),
+        Pair("qwen2", GLM4_MOE, NO_SWITCHED_WINDOW | SILU | FULL_ROTARY, fixed={"attention_bias": True}),
+    ),
+    "qwen3": (
+        Pair("qwen3", QWEN3_MOE, NO_SWITCHED_WINDOW | SILU),
+        Pair(
+            "qwen3",
+            GLM4_MOE,
+            NO_SWITCHED_WINDOW | NO_ATTENTION_BIAS | SILU | FULL_ROTARY,
+            fixed={"use_qk_norm": True},
+        ),
+        Pair("qwen3", DOTS1, NO_SWITCHED_WINDOW | SILU),
+    ),
+    "granite": (Pair("granite", GRANITE_MOE, NO_MLP_BIAS | SILU),),
+    "olmo2": (Pair("olmo2", FLEX_OLMO, SILU),),
+    "ernie4_5": (
+        Pair("ernie4_5", ERNIE4_5_MOE, {"use_bias": ((False, None), "the target's experts have no biases"), **SILU}),
+    ),
+    "hunyuan_v1_dense": (Pair("hunyuan_v1_dense", HUNYUAN_V1_MOE, SILU),),
+    "cohere2": (Pair("cohere2", COHERE2_MOE, SILU),),
+    "lfm2": (
+        Pair(
+            "lfm2",
+            LFM2_MOE,
+            {},
+            splits={
+                "feed_forward.w1": (("mlp.gate_proj", 1),),
+                "feed_forward.w2": (("mlp.down_proj", 1),),
+                "feed_forward.w3": (("mlp.up_proj", 1),),
+            },
+        ),
     ),
 }
 
-# Pairs that load with no missing key and compute something else.
+# Targets that load with no missing key and compute something else, by source and target; None is any target.
 WRONG = {
-    "olmo2": "OLMo2 normalises after its blocks and OLMoE before them",
-    "phi3": "Phi-3 uses RMSNorm and PhiMoE LayerNorm; Phi-3 to Mixtral needs fused projections split, not done yet",
-    "glm": "GLM-4-MoE has the same parameter names and another function",
-    "stablelm": "PhiMoE has the same parameter names and another function",
-    "t5": "Switch Transformers multiply by the router's probability and drop tokens",
+    ("olmo2", "olmoe"): "OLMo2 normalises after its blocks and OLMoE before them",
+    ("phi3", "phimoe"): "Phi-3 uses RMSNorm and PhiMoE LayerNorm, and PhiMoE's two weights do not sum to 1",
+    ("glm", None): "GLM-4-MoE has the same parameter names and another function",
+    ("helium", None): "Mixtral has the same parameter names and another function",
+    ("stablelm", None): "PhiMoE has the same parameter names and another function",
+    ("exaone4", None): "EXAONE-4 normalises after its blocks and its mixture before them",
+    ("t5", None): "Switch Transformers multiply by the router's probability and drop tokens",
 }
 
 
-def pair_of(config: PreTrainedConfig) -> Pair:
-    """The exact pair of a dense config.
+def pair_of(config: PreTrainedConfig, target: str | None = None) -> Pair:
+    """The exact pair of a dense config and a `target` (a `model_type`), or the family's default target.
 
     Raises:
         ValueError: there is none, or the source has a feature that the target cannot say; each is named.
     """
     model_type = config.model_type
     if model_type not in PAIRS:
-        reason = f": {WRONG[model_type]}" if model_type in WRONG else ""
+        reason = f": {WRONG[model_type, None]}" if (model_type, None) in WRONG else ""
         raise ValueError(
             f"Exact mixtures of experts are known for {', '.join(PAIRS)}, got {model_type!r}{reason}. "
             "Upcycle a model of these families."
         )
-    pair = PAIRS[model_type]
+    choices = {pair.target.model_type: pair for pair in PAIRS[model_type]}
+    if target is not None and target not in choices:
+        reason = f": {WRONG[model_type, target]}" if (model_type, target) in WRONG else ""
+        raise ValueError(
+            f"`target` of a {model_type} model must be one of {', '.join(choices)}, got {target!r}{reason}."
+        )
+    pair = choices[target] if target else PAIRS[model_type][0]
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError("A quantised checkpoint has scales beside its weights, which are not converted: dequantise.")
     for name, (allowed, why) in pair.required.items():
-        value = getattr(config, name, None)
-        if value not in allowed:
+        value = _entry(config, name)
+        if any(one not in allowed for one in (value if isinstance(value, list) else [value])):
             raise ValueError(
-                f"A {model_type} model becomes {pair.target} only if `{name}` is {allowed[0]!r}, got {value!r}: {why}."
+                f"A {model_type} model becomes {pair.target.model_type} only if `{name}` is {allowed[0]!r}, "
+                f"got {reprlib.repr(value)}: {why}."
             )
     return pair
 
 
 def target_values(
-    pair: Pair, config: PreTrainedConfig, experts: int, top_k: int, dense_layers: tuple[int, ...]
+    pair: Pair, config: PreTrainedConfig, neurons: int, experts: int, top_k: int, dense_layers: tuple[int, ...]
 ) -> dict[str, object]:
-    """The entries of the target's config."""
+    """The entries of the target's config; `neurons` are the dense FFN's, which not every config says outright."""
+    target = pair.target
     # None too: left out, an end-of-sequence token that the source does not have would be the target's default.
-    values = {name: getattr(config, name) for name in pair.carried if hasattr(config, name)}
-    values |= dict(pair.fixed)
-    values |= {pair.width: config.intermediate_size, pair.experts: experts, "num_experts_per_tok": top_k}
+    values = {name: getattr(config, name) for name in (*target.carried, *pair.carried) if hasattr(config, name)}
+    # Written out, because defaults of targets and engines differ.
+    values["head_dim"] = values.get("head_dim") or config.hidden_size // config.num_attention_heads
+    rope = {name: value for name, value in values["rope_parameters"].items() if name not in pair.rope_dropped}
+    values["rope_parameters"] = rope | dict(target.rope)
+    values |= dict(target.fixed) | dict(pair.fixed)
+    values |= {target.width: neurons, target.count: experts, target.top_k: top_k}
     # `output_router_logits` stays off: generation with a cache fails with it in Transformers 5.17.
-    values |= {"architectures": [pair.architecture]}
-    if pair.dense_layers is not None:
-        values[pair.dense_layers] = list(dense_layers)
+    values |= {"architectures": [target.architecture]}
+    if target.shared is not None and target.shared.width is not None:
+        values[target.shared.width] = target.shared.neurons(neurons)
+    if target.dense_layers is not None:
+        values[target.dense_layers] = list(dense_layers)
     return values
+
+
+def _entry(config: PreTrainedConfig, name: str) -> object:
+    """An entry, or a part of one after a dot; None if there is none."""
+    first, _, rest = name.partition(".")
+    value = getattr(config, first, None)
+    return value.get(rest) if rest and isinstance(value, dict) else value

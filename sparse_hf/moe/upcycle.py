@@ -12,7 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from sparse_hf import __version__
 from sparse_hf.moe.logits_check import TOLERANCE, largest_difference
 from sparse_hf.moe.pairs import Pair, pair_of, target_values
-from sparse_hf.moe.upcycling_plan import Router, plan_tensors
+from sparse_hf.moe.upcycling_plan import Router, plan_tensors, split_rows
 from sparse_hf.storage.durable import write_json
 from sparse_hf.storage.locations import local_folder
 from sparse_hf.storage.shard_plan import PlannedShard, plan_digest, plan_shards
@@ -58,16 +58,32 @@ class UpcyclingPlan:
         return sum(shard.file_bytes() for shard in self.shards)
 
     def __str__(self) -> str:
-        names = self.pair
+        target = self.pair.target
         free = free_bytes(self.destination)
+        balance = (
+            "`output_router_logits=True` in the config turns the model's own on"
+            if target.balance_loss
+            else f"Transformers has none for {target.model_type}: bring your own"
+        )
         return (
-            f"{names.source} -> {names.target} ({names.architecture}): {self.layers} of {self.all_layers} layers, "
-            f"{getattr(self.config, names.experts)} experts, top {self.config.num_experts_per_tok}\n"
+            f"{self.pair.source} -> {target.model_type} ({target.architecture}): {self.layers} of {self.all_layers} "
+            f"layers, {getattr(self.config, target.count)} experts, top {getattr(self.config, target.top_k)}\n"
             "Exact: the experts are copies, and the weights of those chosen sum to 1 for every token, so the logits "
             "stay. For the same reason the language-model loss gives routers no gradient until experts differ: train "
-            "with a load-balancing loss (`output_router_logits=True` in the config turns the model's own on).\n"
+            f"with a load-balancing loss ({balance}).\n"
+            f"{target.remark}{self._shared_expert()}"
             f"{self.dense_bytes / 1e9:.2f} GB -> {self.bytes / 1e9:.2f} GB in {len(self.shards)} files, "
             f"{free / 1e9:.1f} GB free; FFN FLOPs per token {self.ffn_ratio:.2f} x dense"
+        )
+
+    def _shared_expert(self) -> str:
+        shared = self.pair.target.shared
+        if shared is None:
+            return ""
+        part = "as wide as the dense FFN" if shared.parts == 1 else f"1/{shared.parts} of the dense FFN's width"
+        return (
+            f"{self.pair.target.model_type} has a shared expert for every token: {part}, gate and up copied, down "
+            "zero, so that it adds exactly 0 until training changes that.\n"
         )
 
 
@@ -80,6 +96,7 @@ def plan_upcycling(
     router_std: float = 0.02,
     seed: int = 0,
     max_shard_bytes: int = SHARD_BYTES,
+    target: str | None = None,
 ) -> UpcyclingPlan:
     """What `upcycle` would do with the same arguments; reads headers only and writes nothing.
 
@@ -90,26 +107,28 @@ def plan_upcycling(
     _check_numbers(experts, top_k, router_std, max_shard_bytes)
     folder = local_folder(source, ["config.json", *WEIGHTS, *COMPANIONS])
     config = AutoConfig.from_pretrained(folder)
-    pair = pair_of(config)
+    pair = pair_of(config, target)
     chosen = _chosen_layers(pair, config.num_hidden_layers, layers)
-    headers = read_headers(folder)
-    tensors = plan_tensors(headers, pair, chosen, experts, Router(router_std, seed))
+    headers = split_rows(read_headers(folder), pair, config)
+    tensors = plan_tensors(headers, pair.target, chosen, experts, Router(router_std, seed))
     shards = tuple(plan_shards(tensors, max_shard_bytes))
     dense = tuple(sorted(set(range(config.num_hidden_layers)) - chosen))
-    values = target_values(pair, config, experts, top_k, dense)
-    target = CONFIG_MAPPING[pair.target](**values, dtype=config.dtype)
-    options = {name: value for name, value in target.to_dict().items() if name != "transformers_version"}
+    neurons = headers[f"model.layers.{min(chosen)}.mlp.gate_proj.weight"].shape[0]
+    values = target_values(pair, config, neurons, experts, top_k, dense)
+    mixture = CONFIG_MAPPING[pair.target.model_type](**values, dtype=config.dtype)
+    options = {name: value for name, value in mixture.to_dict().items() if name != "transformers_version"}
+    shared = 1 / pair.target.shared.parts if pair.target.shared else 0
     return UpcyclingPlan(
         source=folder,
         destination=Path(destination),
         pair=pair,
-        config=target,
+        config=mixture,
         shards=shards,
         digest=plan_digest(shards, {"config": options, "sources": _identities(headers)}),
         layers=len(chosen),
         all_layers=config.num_hidden_layers,
         dense_bytes=sum(stored.length for stored in headers.values()),
-        ffn_ratio=(len(chosen) * top_k + len(dense)) / config.num_hidden_layers,
+        ffn_ratio=(len(chosen) * (top_k + shared) + len(dense)) / config.num_hidden_layers,
     )
 
 
@@ -124,6 +143,7 @@ def upcycle(
     max_shard_bytes: int = SHARD_BYTES,
     check_tokens: int = 256,
     progress: bool = True,
+    target: str | None = None,
 ) -> UpcyclingPlan:
     """Write a mixture of experts whose experts are exact copies of the dense FFN (Komatsuzaki et al. 2022).
 
@@ -138,20 +158,23 @@ def upcycle(
         destination: a new folder.
         experts: of every mixture.
         top_k: experts per token; 1 leaves routers without any gradient from the language-model loss, for ever.
-        layers: which layers become mixtures; all by default. Only Qwen3's target can leave layers dense.
+        layers: which layers become mixtures; all by default. Only Qwen2-MoE and Qwen3-MoE can leave layers
+            dense.
         router_std: standard deviation of the routers' normal start; 0 for zeros.
         seed: of the routers and of the check's tokens.
         max_shard_bytes: of one file.
         check_tokens: how many random tokens the logits of both models are compared on; 0 skips the comparison, which
             needs the memory of the mixture in fp32.
         progress: show a bar.
+        target: `model_type` of the mixture, where a family has several that are exact (Llama, Mistral and Qwen2 also
+            become "glm4_moe", Qwen3 that and "dots1"); by default the one that most engines have had for longest.
 
     Raises:
         FileNotFoundError, ValueError: see `plan_upcycling`; or the logits differ, and the folder stays without config.
         FileExistsError: the destination holds something else.
         OSError: the disk is full, or too small (refused before the first byte).
     """
-    plan = plan_upcycling(source, destination, experts, top_k, layers, router_std, seed, max_shard_bytes)
+    plan = plan_upcycling(source, destination, experts, top_k, layers, router_std, seed, max_shard_bytes, target)
     carry_out(plan, check_tokens, progress, seed)
     return plan
 
@@ -185,9 +208,9 @@ def _finish(plan: UpcyclingPlan, difference: float | None) -> None:
     description = {
         "kind": "upcycled_model",
         "source_type": plan.pair.source,
-        "target_type": plan.pair.target,
-        "experts": getattr(plan.config, plan.pair.experts),
-        "top_k": plan.config.num_experts_per_tok,
+        "target_type": plan.pair.target.model_type,
+        "experts": getattr(plan.config, plan.pair.target.count),
+        "top_k": getattr(plan.config, plan.pair.target.top_k),
         "digest": plan.digest,
         "logits_difference": difference,
         "versions": {"sparse_hf": __version__},
@@ -219,9 +242,10 @@ def _chosen_layers(pair: Pair, count: int, layers: Sequence[int] | None) -> froz
     outside = sorted(layer for layer in chosen if type(layer) is not int or not 0 <= layer < count)
     if outside or not chosen:
         raise ValueError(f"`layers` must name some of the layers 0 to {count - 1}, got {layers!r}.")
-    if len(chosen) < count and pair.dense_layers is None:
+    if len(chosen) < count and pair.target.dense_layers is None:
         raise ValueError(
-            f"A {pair.target} model has a mixture in every layer, got `layers` = {sorted(chosen)}: leave it out."
+            f"A {pair.target.model_type} model has a mixture in every layer, got `layers` = {sorted(chosen)}: "
+            "leave it out."
         )
     return chosen
 

@@ -14,6 +14,8 @@ def test_plan_write_and_refuse(tmp_path):
     assert planned.exit_code == 0, planned.output
     assert "llama -> mixtral" in planned.output
     assert not (tmp_path / "moe").exists()
+    other = CliRunner().invoke(app, [*words, "--plan", "--target", "glm4_moe"])
+    assert "llama -> glm4_moe" in other.output
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
     assert "logits equal on 16 tokens" in done.output

@@ -35,8 +35,28 @@ def test_windows_of_a_qwen3():
 
 
 @pytest.mark.parametrize(
-    ("family", "match"), [("phi3", "PhiMoE LayerNorm"), ("t5", "drop tokens"), ("gpt2", "'gpt2'")]
+    ("config", "target", "match"),
+    [
+        (transformers.SmolLM3Config(), None, r"`no_rope_layers` is 1, got \[1, 1, 1, 0, .*no rotary positions"),
+        (transformers.Ministral3Config(), None, r"`rope_parameters.llama_4_scaling_beta` is 0.0, got 0.1.*queries"),
+        (transformers.Qwen2Config(use_sliding_window=True), None, "`use_sliding_window` is False, got True"),
+        (transformers.MistralConfig(), "glm4_moe", "`sliding_window` is None, got 4096: the target attends to every"),
+        (transformers.Qwen3Config(attention_bias=True), "glm4_moe", "`attention_bias` is False, got True"),
+        (transformers.GraniteConfig(mlp_bias=True), None, "`mlp_bias` is False, got True"),
+        (transformers.Ernie4_5Config(use_bias=True), None, "`use_bias` is False, got True"),
+        (transformers.Phi3Config(partial_rotary_factor=0.75), None, "partial_rotary_factor` is None, got 0.75"),
+        (transformers.Phi3Config(resid_pdrop=0.1), None, "`resid_pdrop` is 0.0, got 0.1"),
+        (tiny_config("llama"), "qwen3_moe", "must be one of mixtral, glm4_moe, got 'qwen3_moe'"),
+        (transformers.Olmo2Config(), "olmoe", "got 'olmoe': OLMo2 normalises after"),
+        (tiny_config("phi3"), "phimoe", "got 'phimoe': Phi-3 uses RMSNorm and PhiMoE LayerNorm"),
+    ],
 )
+def test_features_of_other_families(config, target, match):
+    with pytest.raises(ValueError, match=match):
+        pair_of(config, target)
+
+
+@pytest.mark.parametrize(("family", "match"), [("gemma", "'gemma'"), ("t5", "drop tokens"), ("gpt2", "'gpt2'")])
 def test_families_without_an_exact_pair(family, match):
     with pytest.raises(ValueError, match=match) as caught:
         pair_of(tiny_config(family))
@@ -100,5 +120,8 @@ def test_another_source_of_the_same_shape_into_a_half_written_folder(dense, tmp_
 
 
 def test_every_target_exists():
-    for pair in PAIRS.values():
-        assert hasattr(transformers, pair.architecture)
+    for source, pairs in PAIRS.items():
+        assert len({pair.target.model_type for pair in pairs}) == len(pairs)
+        for pair in pairs:
+            assert pair.source == source
+            assert hasattr(transformers, pair.target.architecture)
