@@ -55,6 +55,7 @@ def shared(supports: list[Tensor]) -> str:
 
 
 def main() -> None:
+    """Time the supports and count what they find."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=768, help="rows and columns")
     parser.add_argument("--deviation", type=float, default=0.04, help="of the Gaussian weights")

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sparse_hf.algorithms.supports import check_support
+
 
 # Two threads that use one model would see each other's borrowed weights; inside a thread no product nests in another.
 _BORROWING = threading.Lock()
@@ -33,19 +35,12 @@ def make_pattern(indices: Tensor, shape: tuple[int, int]) -> Pattern:
     """The pattern of flat indices into a weight of `shape`.
 
     Args:
-        indices: integers, shape (nnz,), strictly increasing, in [0, R * C).
+        indices: int32 or int64, shape (nnz,), strictly increasing, in [0, R * C).
 
     Raises:
-        ValueError: an index is out of range, repeated, or not in order.
+        ValueError: an index is out of range, repeated, or not in order, such as in a tampered file.
     """
-    numel = shape[0] * shape[1]
-    if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= numel):
-        raise ValueError(
-            f"Indices of a sparse update must be in [0, {numel}) for a weight of shape {tuple(shape)}, got "
-            f"{int(indices.min())} to {int(indices.max())}: they belong to another weight or the file is damaged."
-        )
-    if bool((indices[1:] <= indices[:-1]).any()):
-        raise ValueError("Indices of a sparse update must be strictly increasing, got some repeated or out of order.")
+    check_support(indices, shape[0] * shape[1])
     rows = torch.div(indices, shape[1], rounding_mode="floor")
     starts = torch.searchsorted(rows, torch.arange(shape[0] + 1, dtype=rows.dtype, device=rows.device))
     kind = index_dtype(shape)
@@ -134,6 +129,8 @@ def _transposed(matrix: Tensor) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
+    """`linear_with_update` outside of `torch.compile`: the updated weight is borrowed in both directions."""
+
     @staticmethod
     def forward(ctx, x, weight, bias, values, indices, row_starts, columns, input_first):
         ctx.input_first = input_first
@@ -145,6 +142,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
+        """Of the input, the bias and the entries; the frozen weight has none."""
         x, weight, values, *pattern = ctx.saved_tensors
         wanted, rows = ctx.needs_input_grad, gradient.reshape(-1, gradient.shape[-1])
         for_x = for_values = None

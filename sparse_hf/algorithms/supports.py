@@ -6,7 +6,7 @@ CPU and returned on the device of the scores, so that every device gets the same
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -27,26 +27,26 @@ class MovedSupport(NamedTuple):
 
 
 def check_support(indices: Tensor, numel: int, name: str = "indices") -> None:
-    """Refuse what is not a support, such as a tampered file.
+    """Refuse what is not a support, such as one from a tampered file.
 
     Args:
-        indices: should be a 1-D integer tensor, strictly increasing, in 0..numel - 1.
+        indices: should be a 1-D int32 or int64 tensor, strictly increasing, in 0..numel - 1.
         numel: number of weights of the matrix.
         name: of the argument, for the error.
 
     Raises:
         ValueError: it has another dtype or shape, an index is out of range, or indices repeat or are not sorted.
     """
-    if indices.dtype != torch.int64 or indices.dim() != 1:
+    if indices.dtype not in (torch.int32, torch.int64) or indices.dim() != 1:
         raise ValueError(
-            f"`{name}` must be a 1-D int64 tensor, got {indices.dtype} of shape {tuple(indices.shape)}: "
+            f"`{name}` must be a 1-D int32 or int64 tensor, got {indices.dtype} of shape {tuple(indices.shape)}: "
             "pass flat indices into the matrix, row by row."
         )
     outside = indices[(indices < 0) | (indices >= numel)]
     if outside.numel():
         raise ValueError(
             f"`{name}` must be in 0..{numel - 1}, the weights of the matrix, got {int(outside[0])}: "
-            "pass the support of a matrix of this shape."
+            "they are the support of another matrix, or their file is damaged."
         )
     steps = indices.diff()
     if (steps == 0).any():
@@ -114,42 +114,36 @@ def random_support(shape: Sequence[int], nnz: int, generator: torch.Generator) -
     return chosen
 
 
-def row_support(scores: Tensor, nnz: int) -> Tensor:
-    """Whole rows: all positions of the `nnz / columns` rows whose scores have the largest squared norms.
+def line_support(scores: Tensor, nnz: int, lines: Literal["rows", "columns"]) -> Tensor:
+    """Whole rows or columns: all positions of those whose scores have the largest squared norms.
 
     Args:
         scores: floating `[rows, columns]`.
-        nnz: a multiple of `columns` in 0..numel.
+        nnz: a multiple of the length of a line, in 0..numel.
 
     Returns:
-        int64 `[nnz]`, sorted; of tied rows the lowest come first.
+        int64 `[nnz]`, sorted; of tied lines the lowest come first.
 
     Raises:
-        ValueError: `nnz` makes no whole rows or is out of range, or the scores are no finite floating matrix.
+        ValueError: `nnz` makes no whole lines or is out of range, or the scores are no finite floating matrix.
     """
-    _check_lines(scores, nnz, "columns", 1)
-    columns = scores.shape[1]
-    rows = _lines(scores, 1, nnz // max(columns, 1))
-    return (rows[:, None] * columns + torch.arange(columns, device=rows.device)).flatten()
-
-
-def column_support(scores: Tensor, nnz: int) -> Tensor:
-    """Whole columns: all positions of the `nnz / rows` columns whose scores have the largest squared norms.
-
-    Args:
-        scores: floating `[rows, columns]`.
-        nnz: a multiple of `rows` in 0..numel.
-
-    Returns:
-        int64 `[nnz]`, sorted; of tied columns the lowest come first.
-
-    Raises:
-        ValueError: `nnz` makes no whole columns or is out of range, or the scores are no finite floating matrix.
-    """
-    _check_lines(scores, nnz, "rows", 0)
-    rows, width = scores.shape
-    columns = _lines(scores, 0, nnz // max(rows, 1))
-    return (torch.arange(rows, device=columns.device)[:, None] * width + columns).flatten()
+    if scores.dim() != 2:
+        raise ValueError(f"`scores` must be a matrix, got shape {tuple(scores.shape)}: reshape them to 2-D.")
+    _check_nnz(nnz, scores.numel())
+    across = 1 if lines == "rows" else 0
+    length, width = scores.shape[across], scores.shape[1]
+    if length and nnz % length:
+        below = nnz - nnz % length
+        raise ValueError(
+            f"`nnz` must be a multiple of {length}, the length of the {lines}, got {nnz}: "
+            f"the nearest valid values are {below} and {below + length}."
+        )
+    # In fp64, in which squares of fp32 do not overflow.
+    norms = _comparable("scores", scores).double().square().sum(across)
+    chosen = largest_support(norms, nnz // max(length, 1)).to(scores.device)
+    along = torch.arange(length, device=scores.device)
+    grid = chosen[:, None] * width + along if lines == "rows" else along[:, None] * width + chosen
+    return grid.flatten()
 
 
 def move_support(
@@ -195,12 +189,6 @@ def check_cpu_generator(generator: torch.Generator) -> None:
         )
 
 
-def _lines(scores: Tensor, dim: int, count: int) -> Tensor:
-    """The lines with the largest sums of squares over `dim`, in fp64, in which squares of fp32 do not overflow."""
-    norms = _comparable("scores", scores).double().square().sum(dim)
-    return largest_support(norms, count).to(scores.device)
-
-
 def _comparable(name: str, scores: Tensor) -> Tensor:
     """On the CPU in fp32 or fp64, finite."""
     if not scores.is_floating_point():
@@ -218,19 +206,6 @@ def _comparable(name: str, scores: Tensor) -> Tensor:
 def _check_nnz(nnz: int, numel: int) -> None:
     if not 0 <= nnz <= numel:
         raise ValueError(f"`nnz` must be in 0..{numel}, the number of weights, got {nnz}: choose fewer entries.")
-
-
-def _check_lines(scores: Tensor, nnz: int, unit: str, dim: int) -> None:
-    if scores.dim() != 2:
-        raise ValueError(f"`scores` must be a matrix, got shape {tuple(scores.shape)}: reshape them to 2-D.")
-    _check_nnz(nnz, scores.numel())
-    length = scores.shape[dim]
-    if length and nnz % length:
-        below = nnz - nnz % length
-        raise ValueError(
-            f"`nnz` must be a multiple of {length}, the number of {unit}, got {nnz}: "
-            f"the nearest valid values are {below} and {below + length}."
-        )
 
 
 def _check_length(name: str, values: Tensor, other: str, indices: Tensor) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sparse_hf.algorithms.sparse_low_rank import sparse_low_rank
-from sparse_hf.algorithms.supports import column_support, largest_support, random_support, row_support
+from sparse_hf.algorithms.supports import largest_support, line_support, random_support
 from sparse_hf.dsee.config import DseeConfig
 from sparse_hf.dsee.layer import DseeLayer
 
@@ -38,7 +38,7 @@ def choose_support(layer: DseeLayer, name: str, config: DseeConfig) -> Tensor:
             return sparse_low_rank(weight, config.nnz, max(1, config.r), generator=seeded(config.seed, name)).support
     # Rows and columns are those of y = W x, whichever way the weight is stored.
     along_rows = (config.support == "rows") != layer.input_first
-    return (row_support if along_rows else column_support)(weight, config.nnz)
+    return line_support(weight, config.nnz, "rows" if along_rows else "columns")
 
 
 @torch.no_grad()

@@ -17,6 +17,8 @@ def watched(layers: Mapping[str, DseeLayer], visit: Callable[[str, Tensor, Tenso
     """Call `visit(name, inputs (T, in), output gradients (T, out))` in every backward pass through a layer."""
 
     def hook_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        """For the forward pass of a layer; sets another one for the gradient of its output."""
+
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             if output.requires_grad:  # not so in the first pass of gradient checkpointing
                 x = inputs[0].detach()

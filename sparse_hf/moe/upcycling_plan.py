@@ -9,11 +9,11 @@ from transformers import PreTrainedConfig
 
 from sparse_hf.moe.pairs import Pair
 from sparse_hf.moe.targets import MATRICES, Target
-from sparse_hf.storage.shard_plan import CopyBytes, DrawNormal, FillZeros, PlannedTensor
+from sparse_hf.storage.pieces import NUMBER_BYTES, CopyBytes, DrawNormal, FillZeros
+from sparse_hf.storage.shard_plan import PlannedTensor
 from sparse_hf.storage.tensor_headers import DTYPE_BITS, StoredTensor
 
 
-DRAWN_DTYPES = ("F32", "BF16", "F16")
 FFN = re.compile(r"model\.layers\.(\d+)\.mlp\.(.*)")
 
 
@@ -144,8 +144,8 @@ def _zeros(name: str, dtype: str, shape: tuple[int, ...]) -> PlannedTensor:
 def _router(name: str, gate: StoredTensor, experts: int, key: str, std: float) -> PlannedTensor:
     """A row of the hidden size per expert."""
     dtype, shape = gate.dtype, (experts, gate.shape[1])
-    if dtype not in DRAWN_DTYPES:
-        raise ValueError(f"Routers are made in {', '.join(DRAWN_DTYPES)}, got FFNs in {dtype}: convert them.")
+    if dtype not in NUMBER_BYTES:
+        raise ValueError(f"Routers are made in {', '.join(NUMBER_BYTES)}, got FFNs in {dtype}: convert them.")
     if std == 0:
         return _zeros(name, dtype, shape)
     return PlannedTensor(name, dtype, shape, (DrawNormal(math.prod(shape), std, dtype, key),))

@@ -6,55 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
+from sparse_hf.storage.pieces import Piece, identity
 from sparse_hf.storage.tensor_headers import DTYPE_BITS, SINGLE_FILE, header_sha256
-
-
-NUMBERS_PER_BLOCK = 1 << 16  # part of what a key means: another value gives other numbers
-DRAWN_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
-
-
-@dataclass(frozen=True)
-class CopyBytes:
-    """`length` bytes of a safetensors `file` from the absolute `offset` on, whatever their dtype."""
-
-    file: Path
-    offset: int
-    length: int
-
-
-@dataclass(frozen=True)
-class FillZeros:
-    """`length` zero bytes: the number zero in every dtype that has one."""
-
-    length: int
-
-
-@dataclass(frozen=True)
-class DrawNormal:
-    """`count` numbers from N(0, std^2), fixed by `key` alone; see `draw_block`."""
-
-    count: int
-    std: float
-    dtype: Literal["F32", "BF16", "F16"]
-    key: str
-
-    def __post_init__(self) -> None:
-        if self.dtype not in DRAWN_BYTES:
-            raise ValueError(f"`dtype` must be one of {', '.join(DRAWN_BYTES)} to be drawn, got {self.dtype!r}.")
-        if not (math.isfinite(self.std) and self.std >= 0):
-            raise ValueError(f"`std` must be a number of at least 0, got {self.std!r}.")
-
-    @property
-    def length(self) -> int:
-        """Bytes."""
-        return self.count * DRAWN_BYTES[self.dtype]
-
-
-Piece = CopyBytes | FillZeros | DrawNormal
 
 
 @dataclass(frozen=True)
@@ -81,8 +37,8 @@ class PlannedTensor:
                 f"got {length}."
             )
         for piece in self.pieces:
-            if isinstance(piece, DrawNormal) and piece.dtype != self.dtype:
-                raise ValueError(f"`{self.name}` is {self.dtype}, so numbers drawn for it cannot be {piece.dtype}.")
+            if getattr(piece, "dtype", self.dtype) != self.dtype:
+                raise ValueError(f"`{self.name}` is {self.dtype}, so numbers made for it cannot be {piece.dtype}.")
 
     @property
     def length(self) -> int:
@@ -159,53 +115,23 @@ def plan_digest(shards: Sequence[PlannedShard], extra: dict) -> str:
         FileNotFoundError, ValueError: a source file is gone or is no safetensors file.
     """
     sources: dict[Path, list] = {}
+
+    def number_of(file: Path) -> int:
+        if file not in sources:
+            # Its number keeps files of one name apart, as in two models whose experts are put together.
+            sources[file] = [len(sources), file.name, file.stat().st_size, header_sha256(file)]
+        return sources[file][0]
+
+    extra = {**extra, "numpy": np.__version__}  # it may change how it makes normal numbers
     digest = hashlib.sha256(json.dumps(extra, sort_keys=True).encode())
     for shard in shards:
         for tensor in shard.tensors:
-            pieces = [_identity(piece, sources) for piece in tensor.pieces]
+            pieces = [identity(piece, number_of) for piece in tensor.pieces]
             line = [shard.name, tensor.name, tensor.dtype, tensor.shape, pieces]
             digest.update(b"\n" + json.dumps(line).encode())
     digest.update(b"\n" + json.dumps(list(sources.values())).encode())
     return digest.hexdigest()
 
 
-def draw_block(piece: DrawNormal, block: int) -> bytes:
-    """Numbers `block * NUMBERS_PER_BLOCK` and following of `piece`, little-endian; the last block is shorter.
-
-    Philox is keyed by the sha256 of `piece.key` and its counter begins anew for every block, so no block depends on
-    another or on who draws it. numpy may change how it makes normal numbers between releases, see `plan_digest`.
-    """
-    count = min(NUMBERS_PER_BLOCK, piece.count - block * NUMBERS_PER_BLOCK)
-    key = int.from_bytes(hashlib.sha256(piece.key.encode()).digest()[:16], "little")
-    generator = np.random.Generator(np.random.Philox(key=key, counter=block << 192))
-    numbers = generator.standard_normal(count, dtype=np.float32) * np.float32(piece.std)
-    match piece.dtype:
-        case "BF16":
-            return round_to_bf16(numbers).astype("<u2").tobytes()
-        case "F16":
-            return numbers.astype("<f2").tobytes()
-    return numbers.astype("<f4").tobytes()
-
-
-def round_to_bf16(numbers: np.ndarray) -> np.ndarray:
-    """The bits (uint16) of float32 `numbers` rounded to bfloat16, to the nearest, ties to even; NaN becomes 0x7FC0."""
-    bits = numbers.view(np.uint32)
-    to_nearest = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
-    return np.where(np.isnan(numbers), np.uint32(0x7FC0), to_nearest).astype(np.uint16)
-
-
 def _widest_first(tensors: list[PlannedTensor]) -> tuple[PlannedTensor, ...]:
     return tuple(sorted(tensors, key=lambda tensor: -DTYPE_BITS[tensor.dtype]))
-
-
-def _identity(piece: Piece, sources: dict[Path, list]) -> list:
-    match piece:
-        case CopyBytes(file, offset, length):
-            if file not in sources:
-                # Its number keeps files of one name apart, as in two models whose experts are put together.
-                sources[file] = [len(sources), file.name, file.stat().st_size, header_sha256(file)]
-            return ["copy", sources[file][0], offset, length]
-        case FillZeros(length):
-            return ["zeros", length]
-        case DrawNormal(count, std, dtype, key):
-            return ["normal", count, std, dtype, key, np.__version__]

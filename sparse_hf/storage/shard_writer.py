@@ -10,25 +10,18 @@ import fcntl
 import json
 import os
 import shutil
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from sparse_hf.storage.durable import DISK_ERRORS, write_json
-from sparse_hf.storage.shard_plan import (
-    NUMBERS_PER_BLOCK,
-    CopyBytes,
-    DrawNormal,
-    FillZeros,
-    Piece,
-    PlannedShard,
-    draw_block,
-)
+from sparse_hf.storage.piece_bytes import SourceFiles
+from sparse_hf.storage.piece_output import PieceOutput, write_all
+from sparse_hf.storage.pieces import source_files
+from sparse_hf.storage.shard_plan import PlannedShard
 from sparse_hf.storage.tensor_headers import INDEX_FILE
 
 
 JOURNAL_FILE = "upcycle_journal.jsonl"
-BLOCK_BYTES = 4 << 20
 
 
 def write_shards(
@@ -114,86 +107,22 @@ def require_space(folder: Path, needed: int) -> None:
 def _write_shard(folder: Path, shard: PlannedShard, progress: Callable[[int], None]) -> None:
     path, partial = folder / shard.name, folder / f"{shard.name}.partial"
     with contextlib.ExitStack() as cleanup:
-        sources = {}
+        sources = cleanup.enter_context(SourceFiles())
         pieces = [piece for tensor in shard.tensors for piece in tensor.pieces]
-        for file in dict.fromkeys(piece.file for piece in pieces if isinstance(piece, CopyBytes)):
-            sources[file] = os.open(file, os.O_RDONLY)
-            cleanup.callback(os.close, sources[file])
+        for file in dict.fromkeys(file for piece in pieces for file in source_files(piece)):
+            sources.descriptor(file)  # opened here, so that a source that is gone is not taken for a full disk
         cleanup.enter_context(_clear_disk_errors(path))
-        output = _BufferedOutput(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), progress)
+        output = PieceOutput(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), sources, progress)
         cleanup.callback(partial.unlink, missing_ok=True)
         cleanup.callback(os.close, output.descriptor)
         output.append(shard.header())
         for piece in pieces:
-            _stream(piece, sources, output)
+            output.write(piece)
         output.flush()
         os.fsync(output.descriptor)
         os.replace(partial, path)
         _flush_folder(folder)
-        _append_line(folder, {"shard": shard.name, "bytes": output.written, "crc32": output.crc32})
-
-
-class _BufferedOutput:
-    """A file written in blocks of 4 MiB, however small the pieces are, with a checksum; one buffer for all."""
-
-    def __init__(self, descriptor: int, progress: Callable[[int], None]) -> None:
-        self.descriptor = descriptor
-        self.progress = progress
-        self.crc32 = 0
-        self.written = 0
-        self._buffer = memoryview(bytearray(BLOCK_BYTES))
-        self._filled = 0
-
-    def room(self, wanted: int) -> memoryview:
-        """The next at most `wanted` bytes of the buffer, never none; whoever fills it calls `filled`."""
-        if self._filled == BLOCK_BYTES:
-            self.flush()
-        return self._buffer[self._filled : self._filled + wanted]
-
-    def filled(self, count: int) -> None:
-        self._filled += count
-
-    def append(self, data: bytes) -> None:
-        rest = memoryview(data)
-        while rest:
-            room = self.room(len(rest))
-            room[:] = rest[: len(room)]
-            self.filled(len(room))
-            rest = rest[len(room) :]
-
-    def flush(self) -> None:
-        block = self._buffer[: self._filled]
-        self.crc32 = zlib.crc32(block, self.crc32)
-        _write_all(self.descriptor, block)
-        self.written += self._filled
-        self.progress(self._filled)
-        self._filled = 0
-
-
-def _stream(piece: Piece, sources: dict[Path, int], output: _BufferedOutput) -> None:
-    match piece:
-        case CopyBytes(file, offset, length):
-            end = offset + length
-            while offset < end:
-                count = os.preadv(sources[file], [output.room(end - offset)], offset)
-                if count == 0:
-                    raise ValueError(f"`{file}` must have at least {end} bytes, it ends at {offset}: it was changed.")
-                output.filled(count)
-                offset += count
-        case FillZeros(length):
-            while length > 0:
-                room = output.room(length)
-                room[:] = bytes(len(room))
-                output.filled(len(room))
-                length -= len(room)
-        case DrawNormal(count):
-            for block in range(-(-count // NUMBERS_PER_BLOCK)):
-                output.append(draw_block(piece, block))
-
-
-def _write_all(descriptor: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]
+        _append_line(folder, {"shard": shard.name, "bytes": output.written})
 
 
 def _lock_file(folder: Path, shard: PlannedShard) -> Path:
@@ -249,12 +178,12 @@ def _append_line(folder: Path, line: dict) -> None:
     with _locked_journal(folder) as descriptor:
         size = os.fstat(descriptor).st_size
         if os.pread(descriptor, 1, size - 1) != b"\n":  # another process was killed within its line
-            _write_all(descriptor, memoryview(b"\n"))
+            write_all(descriptor, memoryview(b"\n"))
         _write_line(descriptor, line)
 
 
 def _write_line(descriptor: int, line: dict) -> None:
-    _write_all(descriptor, memoryview(json.dumps(line).encode() + b"\n"))
+    write_all(descriptor, memoryview(json.dumps(line).encode() + b"\n"))
     os.fsync(descriptor)
 
 

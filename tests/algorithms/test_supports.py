@@ -6,11 +6,10 @@ from hypothesis import strategies as st
 from sparse_hf.algorithms.selection import keep_largest
 from sparse_hf.algorithms.supports import (
     check_support,
-    column_support,
     largest_support,
+    line_support,
     move_support,
     random_support,
-    row_support,
 )
 
 
@@ -66,29 +65,31 @@ def test_random_support_draws_every_position_equally_often(nnz):
 def test_rows_and_columns_by_hand():
     # squared norms: rows 5, 9, 5; columns 14, 5
     scores = torch.tensor([[1.0, 2.0], [-3.0, 0.0], [2.0, -1.0]])
-    assert row_support(scores, 2).tolist() == [2, 3]
-    assert row_support(scores, 4).tolist() == [0, 1, 2, 3]  # rows 0 and 2 tie
-    assert column_support(scores, 3).tolist() == [0, 2, 4]
-    assert column_support(scores, 6).tolist() == row_support(scores, 6).tolist() == [0, 1, 2, 3, 4, 5]
-    assert column_support(scores, 0).tolist() == row_support(scores, 0).tolist() == []
+    assert line_support(scores, 2, "rows").tolist() == [2, 3]
+    assert line_support(scores, 4, "rows").tolist() == [0, 1, 2, 3]  # rows 0 and 2 tie
+    assert line_support(scores, 3, "columns").tolist() == [0, 2, 4]
+    assert (
+        line_support(scores, 6, "columns").tolist() == line_support(scores, 6, "rows").tolist() == [0, 1, 2, 3, 4, 5]
+    )
+    assert line_support(scores, 0, "columns").tolist() == line_support(scores, 0, "rows").tolist() == []
 
 
 def test_norms_of_lines_do_not_overflow():
     scores = torch.tensor([[1e30, 0.0], [2e30, 0.0]])
-    assert row_support(scores, 2).tolist() == [2, 3]
+    assert line_support(scores, 2, "rows").tolist() == [2, 3]
 
 
 @pytest.mark.parametrize(
-    ("function", "shape", "nnz", "values"),
+    ("lines", "shape", "nnz", "values"),
     [
-        (row_support, (3, 4), 6, "4 and 8"),
-        (column_support, (3, 4), 2, "0 and 3"),
-        (row_support, (3, 4), 11, "8 and 12"),
+        ("rows", (3, 4), 6, "4 and 8"),
+        ("columns", (3, 4), 2, "0 and 3"),
+        ("rows", (3, 4), 11, "8 and 12"),
     ],
 )
-def test_broken_lines_name_the_nearest_counts(function, shape, nnz, values):
+def test_broken_lines_name_the_nearest_counts(lines, shape, nnz, values):
     with pytest.raises(ValueError, match=f"got {nnz}: the nearest valid values are {values}."):
-        function(torch.ones(shape), nnz)
+        line_support(torch.ones(shape), nnz, lines)
 
 
 def test_move_by_hand():
@@ -142,8 +143,8 @@ def test_moves_keep_the_count_and_name_every_origin(numel, drop_fraction, seed, 
         (torch.tensor([-1, 2]), "must be in 0..5, the weights of the matrix, got -1"),
         (torch.tensor([0, 3, 3]), "must not repeat, got 3 more than once"),
         (torch.tensor([4, 2]), "must be sorted, got 2 after 4"),
-        (torch.tensor([0.0, 2.0]), "must be a 1-D int64 tensor, got torch.float32"),
-        (torch.tensor([[0, 2]]), r"must be a 1-D int64 tensor, got torch.int64 of shape \(1, 2\)"),
+        (torch.tensor([0.0, 2.0]), "must be a 1-D int32 or int64 tensor, got torch.float32"),
+        (torch.tensor([[0, 2]]), r"must be a 1-D int32 or int64 tensor, got torch.int64 of shape \(1, 2\)"),
     ],
 )
 def test_what_is_no_support_is_refused(indices, message):
@@ -161,7 +162,7 @@ def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="`scores` must be floating, got torch.int64"):
         largest_support(torch.tensor([1]), 1)
     with pytest.raises(ValueError, match="`scores` must be a matrix"):
-        row_support(torch.ones(4), 4)
+        line_support(torch.ones(4), 4, "rows")
 
 
 @pytest.mark.parametrize(

@@ -1,28 +1,18 @@
-"""Plans add up, are cut greedily and are told apart; drawn numbers are normal and depend on their key alone."""
+"""Plans add up, are cut greedily and are told apart."""
 
 import dataclasses
 import json
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from sparse_hf.storage.shard_plan import (
-    NUMBERS_PER_BLOCK,
-    CopyBytes,
-    DrawNormal,
-    FillZeros,
-    PlannedTensor,
-    draw_block,
-    plan_digest,
-    plan_shards,
-    round_to_bf16,
-)
+from sparse_hf.storage.pieces import CopyBytes, DrawNormal, FillZeros
+from sparse_hf.storage.shard_plan import PlannedTensor, plan_digest, plan_shards
 
 
 def zeros(name: str, count: int, dtype: str = "I8") -> PlannedTensor:
@@ -38,10 +28,6 @@ def source(folder: Path, value: float = 0.0, name: str = "model.safetensors") ->
 
 def copied(file: Path) -> PlannedTensor:
     return PlannedTensor("x", "F32", (2,), (CopyBytes(file, file.stat().st_size - 16, 8),))
-
-
-def drawn(piece: DrawNormal) -> bytes:
-    return b"".join(draw_block(piece, block) for block in range(-(-piece.count // NUMBERS_PER_BLOCK)))
 
 
 @given(
@@ -103,14 +89,6 @@ def test_pieces_must_make_up_the_tensor(dtype, pieces, message):
         PlannedTensor("x", dtype, (2, 2), pieces)
 
 
-def test_draws_of_no_distribution_are_refused():
-    for std in (-1.0, math.nan, math.inf):
-        with pytest.raises(ValueError, match="`std` must be"):
-            DrawNormal(1, std, "F32", "k")
-    with pytest.raises(ValueError, match="F32, BF16, F16 to be drawn, got 'I8'"):
-        DrawNormal(1, 1.0, "I8", "k")
-
-
 def test_digest_follows_the_content_of_the_plan_and_not_its_place(tmp_path):
     digest = plan_digest(plan_shards([copied(source(tmp_path / "a"))], 100), {"seed": 1})
     assert len(digest) == 64
@@ -136,46 +114,3 @@ def test_digest_tells_two_sources_of_one_name_apart(tmp_path):
     same = [one, dataclasses.replace(one, name="y")]
     mixed = [one, dataclasses.replace(two, name="y")]
     assert plan_digest(plan_shards(same, 100), {}) != plan_digest(plan_shards(mixed, 100), {})
-
-
-def test_draws_are_normal():
-    count = 4 * NUMBERS_PER_BLOCK
-    numbers = np.frombuffer(drawn(DrawNormal(count, 0.5, "F32", "router.0")), "<f4").astype(np.float64)
-    assert abs(numbers.mean()) < 4 * 0.5 / math.sqrt(count)
-    assert abs(numbers.std() / 0.5 - 1) < 4 / math.sqrt(2 * count)
-    beyond = np.mean(np.abs(numbers) > 1.0)  # two standard deviations
-    assert abs(beyond - 0.0455) < 4 * math.sqrt(0.0455 / count)
-
-
-def test_blocks_and_keys_are_independent():
-    piece = DrawNormal(2 * NUMBERS_PER_BLOCK + 5, 1.0, "F32", "a")
-    blocks = [draw_block(piece, block) for block in (2, 0, 1)]
-    assert blocks[1] + blocks[2] + blocks[0] == drawn(piece)
-    assert len(blocks[0]) == 5 * 4
-    shorter = dataclasses.replace(piece, count=NUMBERS_PER_BLOCK + 3)
-    assert drawn(piece).startswith(drawn(shorter))
-    first, second = (np.frombuffer(block, "<f4") for block in blocks[1:])
-    other = np.frombuffer(draw_block(dataclasses.replace(piece, key="b"), 0), "<f4")
-    for numbers in (second, other):
-        assert abs(np.corrcoef(first, numbers)[0, 1]) < 4 / math.sqrt(NUMBERS_PER_BLOCK)
-
-
-def test_narrow_draws_are_the_rounded_wide_ones():
-    wide = torch.frombuffer(bytearray(draw_block(DrawNormal(1000, 0.02, "F32", "k"), 0)), dtype=torch.float32)
-    for dtype, kind in (("BF16", torch.bfloat16), ("F16", torch.float16)):
-        narrow = torch.frombuffer(bytearray(draw_block(DrawNormal(1000, 0.02, dtype, "k"), 0)), dtype=kind)
-        assert torch.equal(narrow, wide.to(kind))
-
-
-def test_bf16_rounding_is_torchs():
-    bits = np.random.default_rng(0).integers(0, 2**32, 100_000, dtype=np.uint32)
-    ties = np.arange(0, 2**32, 65536 * 7, dtype=np.int64).astype(np.uint32) | np.uint32(0x8000)
-    special = np.array([0x7F800000, 0xFF800000, 0x7F7FFFFF, 0x80000000, 1, 0x7FFFFFFF, 0xFFFFFFFF], np.uint32)
-    numbers = np.concatenate([bits, ties, special]).view(np.float32)
-    ours = round_to_bf16(numbers)
-    theirs = torch.from_numpy(numbers.copy()).bfloat16()
-    nan = np.isnan(numbers)
-    assert nan.sum() > 100
-    assert (ours[nan] == 0x7FC0).all()
-    assert theirs.isnan().numpy()[nan].all()
-    assert np.array_equal(ours[~nan], theirs.view(torch.uint16).numpy()[~nan])
