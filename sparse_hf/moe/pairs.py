@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedConfig
 
+from sparse_hf.moe.expert_init import Cut
 from sparse_hf.moe.targets import (
     COHERE2_MOE,
     DOTS1,
@@ -13,10 +14,12 @@ from sparse_hf.moe.targets import (
     FLEX_OLMO,
     GLM4_MOE,
     GRANITE_MOE,
+    GRANITE_MOE_SHARED,
     HUNYUAN_V1_MOE,
     LFM2_MOE,
     MIXTRAL,
     QWEN2_MOE,
+    QWEN3_5_MOE,
     QWEN3_MOE,
     Target,
 )
@@ -127,7 +130,11 @@ PAIRS = {
         ),
         Pair("qwen3", DOTS1, NO_SWITCHED_WINDOW | SILU),
     ),
-    "granite": (Pair("granite", GRANITE_MOE, NO_MLP_BIAS | SILU),),
+    "qwen3_5_text": (Pair("qwen3_5_text", QWEN3_5_MOE, SILU),),
+    "granite": (
+        Pair("granite", GRANITE_MOE, NO_MLP_BIAS | SILU),
+        Pair("granite", GRANITE_MOE_SHARED, NO_MLP_BIAS | SILU),
+    ),
     "olmo2": (Pair("olmo2", FLEX_OLMO, SILU),),
     "ernie4_5": (
         Pair("ernie4_5", ERNIE4_5_MOE, {"use_bias": ((False, None), "the target's experts have no biases"), **SILU}),
@@ -193,9 +200,9 @@ def pair_of(config: PreTrainedConfig, target: str | None = None) -> Pair:
 
 
 def target_values(
-    pair: Pair, config: PreTrainedConfig, neurons: int, experts: int, top_k: int, dense_layers: tuple[int, ...]
+    pair: Pair, config: PreTrainedConfig, cut: Cut, top_k: int, dense_layers: tuple[int, ...]
 ) -> dict[str, object]:
-    """The entries of the target's config; `neurons` are the dense FFN's, which not every config says outright."""
+    """The entries of the target's config; widths are cut of the tensors, since not every config says them outright."""
     target = pair.target
     # None too: left out, an end-of-sequence token that the source does not have would be the target's default.
     values = {name: getattr(config, name) for name in (*target.carried, *pair.carried) if hasattr(config, name)}
@@ -204,11 +211,13 @@ def target_values(
     rope = {name: value for name, value in values["rope_parameters"].items() if name not in pair.rope_dropped}
     values["rope_parameters"] = rope | dict(target.rope)
     values |= dict(target.fixed) | dict(pair.fixed)
-    values |= {target.width: neurons, target.count: experts, target.top_k: top_k}
+    values |= {target.width: cut.width, target.count: cut.parts, target.top_k: top_k}
     # `output_router_logits` stays off: generation with a cache fails with it in Transformers 5.17.
     values |= {"architectures": [target.architecture]}
-    if target.shared is not None and target.shared.width is not None:
-        values[target.shared.width] = target.shared.neurons(neurons)
+    shared = target.shared
+    if shared is not None:
+        entries = {shared.width: cut.shared, shared.count: cut.shared_parts}
+        values |= {name: value for name, value in entries.items() if name is not None}
     if target.dense_layers is not None:
         values[target.dense_layers] = list(dense_layers)
     return values

@@ -6,7 +6,7 @@ over them (`norm_topk_prob`). A shared expert, which some architectures have whe
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 MATRICES = ("gate_proj", "up_proj", "down_proj")  # of a dense FFN
@@ -35,18 +35,26 @@ DECODER_ENTRIES = (
 
 @dataclass(frozen=True)
 class SharedExpert:
-    """An FFN that every token passes beside the chosen experts; ours begins by adding exactly 0.
+    """An FFN that every token passes beside the chosen experts.
 
-    Its gate and up rows are copies and its down matrix is zeros, so that it learns: with all three zero it could not.
+    Where it is not asked for it begins by adding exactly 0: gate and up rows are copies and its down matrix is zeros,
+    so that it learns; with all three zero it could not.
     """
 
-    name: str = field(metadata={"help": "Of a matrix, of {layer} and {matrix}."})
-    width: str | None = field(default=None, metadata={"help": "Entry for its neurons; None: as many as an expert's."})
-    parts: int = field(default=1, metadata={"help": "It gets this part of the dense FFN's neurons, rounded up."})
+    tensors: Mapping[str, tuple[str, ...]] = field(
+        metadata={"help": "Dense matrices, one below the other, by tensor, of {layer}."}
+    )
+    width: str | None = field(default=None, metadata={"help": "Entry for its neurons."})
+    count: str | None = field(default=None, metadata={"help": "Entry for the same in widths of an expert."})
+    gated: bool = field(default=False, metadata={"help": "Weighed by a sigmoid, which is 1/2 for a gate of zeros."})
+    optional: bool = field(default=False, metadata={"help": "A width of 0 leaves it out."})
+    parts: int = field(default=1, metadata={"help": "An idle one gets this part of the FFN's neurons, rounded up."})
 
-    def neurons(self, dense: int) -> int:
-        """Out of the dense FFN's."""
-        return -(-dense // self.parts)
+    def idle_neurons(self, dense: int, expert: int) -> int:
+        """How wide it is where it is not asked for, beside experts of `expert` neurons."""
+        if self.optional:
+            return 0
+        return expert if self.width is None else -(-dense // self.parts)
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,7 @@ class Target:
 
 _PER_EXPERT = {f"model.layers.{{layer}}.mlp.experts.{{expert}}.{matrix}.weight": (matrix,) for matrix in MATRICES}
 _QWEN_ROUTER = "model.layers.{layer}.mlp.gate.weight"
+_QWEN_SHARED = {f"model.layers.{{layer}}.mlp.shared_expert.{matrix}.weight": (matrix,) for matrix in MATRICES}
 _SIGMOID_ROUTED = {  # DeepSeek's routing: sigmoid scores, a bias for the choice alone
     "experts": _PER_EXPERT,
     "router": _QWEN_ROUTER,
@@ -86,7 +95,10 @@ _SIGMOID_ROUTED = {  # DeepSeek's routing: sigmoid scores, a bias for the choice
     "count": "n_routed_experts",
     "zeros": {"model.layers.{layer}.mlp.gate.e_score_correction_bias": ("experts",)},
     "zeros_dtype": "F32",
-    "shared": SharedExpert("model.layers.{layer}.mlp.shared_experts.{matrix}.weight"),
+    "shared": SharedExpert(
+        {f"model.layers.{{layer}}.mlp.shared_experts.{matrix}.weight": (matrix,) for matrix in MATRICES},
+        count="n_shared_experts",
+    ),
     "balance_loss": False,
 }
 _SIGMOID_FIXED = {
@@ -94,7 +106,6 @@ _SIGMOID_FIXED = {
     "routed_scaling_factor": 1.0,
     "n_group": 1,
     "topk_group": 1,
-    "n_shared_experts": 1,
     "first_k_dense_replace": 0,
 }
 
@@ -132,10 +143,28 @@ QWEN2_MOE = Target(
     fixed={"norm_topk_prob": True, "decoder_sparse_step": 1, "use_sliding_window": False, "qkv_bias": True},
     zeros={"model.layers.{layer}.mlp.shared_expert_gate.weight": (1, "hidden")},
     # An eighth: it costs every token, and a width of 0 has no place in an engine's tensors.
-    shared=SharedExpert(
-        "model.layers.{layer}.mlp.shared_expert.{matrix}.weight", "shared_expert_intermediate_size", parts=8
-    ),
+    shared=SharedExpert(_QWEN_SHARED, "shared_expert_intermediate_size", gated=True, parts=8),
     dense_layers="mlp_only_layers",
+)
+QWEN3_5_MOE = Target(
+    model_type="qwen3_5_moe_text",
+    architecture="Qwen3_5MoeForCausalLM",
+    experts=_PER_EXPERT,
+    router=_QWEN_ROUTER,
+    width="moe_intermediate_size",
+    count="num_experts",
+    carried=(
+        *DECODER_ENTRIES,
+        "attention_bias",
+        "linear_conv_kernel_dim",
+        "linear_key_head_dim",
+        "linear_value_head_dim",
+        "linear_num_key_heads",
+        "linear_num_value_heads",
+        "layer_types",
+    ),
+    zeros={"model.layers.{layer}.mlp.shared_expert_gate.weight": (1, "hidden")},
+    shared=SharedExpert(_QWEN_SHARED, "shared_expert_intermediate_size", gated=True, parts=8),
 )
 GLM4_MOE = Target(
     model_type="glm4_moe",
@@ -153,6 +182,14 @@ DOTS1 = Target(
     carried=(*DECODER_ENTRIES, "intermediate_size", "attention_bias"),
     fixed={**_SIGMOID_FIXED, "sliding_window": None},
 )
+_GRANITE_ENTRIES = (
+    *DECODER_ENTRIES,
+    "attention_bias",
+    "embedding_multiplier",
+    "attention_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
+)
 GRANITE_MOE = Target(
     model_type="granitemoe",
     architecture="GraniteMoeForCausalLM",
@@ -163,13 +200,19 @@ GRANITE_MOE = Target(
     router="model.layers.{layer}.block_sparse_moe.router.layer.weight",
     width="intermediate_size",
     count="num_local_experts",
-    carried=(
-        *DECODER_ENTRIES,
-        "attention_bias",
-        "embedding_multiplier",
-        "attention_multiplier",
-        "residual_multiplier",
-        "logits_scaling",
+    carried=_GRANITE_ENTRIES,
+)
+GRANITE_MOE_SHARED = replace(
+    GRANITE_MOE,
+    model_type="granitemoeshared",
+    architecture="GraniteMoeSharedForCausalLM",
+    shared=SharedExpert(
+        {
+            "model.layers.{layer}.shared_mlp.input_linear.weight": ("gate_proj", "up_proj"),
+            "model.layers.{layer}.shared_mlp.output_linear.weight": ("down_proj",),
+        },
+        "shared_intermediate_size",
+        optional=True,
     ),
 )
 FLEX_OLMO = Target(
@@ -204,7 +247,7 @@ HUNYUAN_V1_MOE = Target(
     count="num_experts",
     top_k="moe_topk",
     carried=(*DECODER_ENTRIES, "attention_bias", "eod_token_id"),
-    shared=SharedExpert("model.layers.{layer}.mlp.shared_mlp.{matrix}.weight"),
+    shared=SharedExpert({f"model.layers.{{layer}}.mlp.shared_mlp.{matrix}.weight": (matrix,) for matrix in MATRICES}),
     balance_loss=False,
 )
 LFM2_MOE = Target(

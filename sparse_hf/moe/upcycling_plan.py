@@ -1,28 +1,20 @@
 """What does every tensor of the mixture of experts consist of? Decided from headers alone."""
 
-import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from transformers import PreTrainedConfig
 
+from sparse_hf.moe.mixture_plan import Mixture, mixture_tensors
 from sparse_hf.moe.pairs import Pair
-from sparse_hf.moe.targets import MATRICES, Target
-from sparse_hf.storage.pieces import NUMBER_BYTES, CopyBytes, DrawNormal, FillZeros
+from sparse_hf.moe.targets import MATRICES
+from sparse_hf.storage.pieces import NUMBER_BYTES, CopyBytes, Piece, Term, WeightedSum
 from sparse_hf.storage.shard_plan import PlannedTensor
-from sparse_hf.storage.tensor_headers import DTYPE_BITS, StoredTensor
+from sparse_hf.storage.tensor_headers import StoredTensor
 
 
 FFN = re.compile(r"model\.layers\.(\d+)\.mlp\.(.*)")
-
-
-@dataclass(frozen=True)
-class Router:
-    """How routers begin: `std` 0 is zeros."""
-
-    std: float = 0.02
-    seed: int = 0
 
 
 def split_rows(headers: Mapping[str, StoredTensor], pair: Pair, config: PreTrainedConfig) -> dict[str, StoredTensor]:
@@ -51,18 +43,24 @@ def split_rows(headers: Mapping[str, StoredTensor], pair: Pair, config: PreTrain
 
 
 def plan_tensors(
-    headers: Mapping[str, StoredTensor], target: Target, layers: frozenset[int], experts: int, router: Router
+    headers: Mapping[str, StoredTensor],
+    mixture: Mixture,
+    layers: frozenset[int],
+    branches: Sequence[Mapping[str, StoredTensor]] = (),
+    average: bool = False,
 ) -> list[PlannedTensor]:
     """Every tensor of the target, in the order of the source: FFNs become mixtures, everything else is copied.
 
     Args:
         headers: tensors of the dense checkpoint.
         layers: which layers become mixtures.
+        branches: tensors of models like the source, whose FFNs become the experts in turn, instead of the source's.
+        average: whether everything else is the branches' mean, instead of the source's.
 
     Raises:
         ValueError: the checkpoint does not hold what its architecture needs, or holds something unknown in an FFN.
     """
-    ffns = {layer: _ffn(headers, layer) for layer in sorted(layers)}
+    ffns = {layer: [_ffn(one, layer) for one in (headers, *branches)] for layer in sorted(layers)}
     planned, done = [], set()
     for name, stored in headers.items():
         if name.endswith("rotary_emb.inv_freq"):
@@ -72,11 +70,25 @@ def plan_tensors(
             raise ValueError(f"An FFN must consist of {', '.join(MATRICES)}, but the checkpoint holds `{name}`.")
         layer = int(match[1]) if match else None
         if layer not in layers:
-            planned.append(_joined(name, stored.shape, [stored]))
+            parts = [one[name] for one in branches] if average else [stored]
+            planned.append(PlannedTensor(name, stored.dtype, stored.shape, (_mean(parts),)))
         elif layer not in done:
             done.add(layer)
-            planned += _mixture(ffns[layer], target, layer, experts, router)
+            planned += mixture_tensors(ffns[layer], mixture, layer)
     return planned
+
+
+def check_branches(headers: Mapping[str, StoredTensor], branches: Sequence[Mapping[str, StoredTensor]]) -> None:
+    """Refuse, with a ValueError, branches that do not hold the source's tensors in the source's shapes and dtypes."""
+    for number, branch in enumerate(branches):
+        for name in sorted(headers.keys() | branch.keys()):
+            sides = [one[name] if name in one else None for one in (headers, branch)]
+            found = [f"{side.dtype} {list(side.shape)}" if side else "missing" for side in sides]
+            if found[0] != found[1]:
+                raise ValueError(
+                    f"All models must hold the same tensors, but `{name}` is {found[0]} in the source and {found[1]} "
+                    f"in branch {number}: take models that were fine-tuned from one."
+                )
 
 
 def _ffn(headers: Mapping[str, StoredTensor], layer: int) -> dict[str, StoredTensor]:
@@ -99,53 +111,17 @@ def _ffn(headers: Mapping[str, StoredTensor], layer: int) -> dict[str, StoredTen
     return ffn
 
 
-def _mixture(
-    ffn: dict[str, StoredTensor], target: Target, layer: int, experts: int, router: Router
-) -> list[PlannedTensor]:
-    """The router, the experts, and what the target wants beside them."""
-    gate = ffn["gate_proj"]  # (neurons, hidden)
-    sizes = {"experts": experts, "hidden": gate.shape[1]}
-    planned = [_router(target.router.format(layer=layer), gate, experts, f"{router.seed}/router/{layer}", router.std)]
-    for template, shape in target.zeros.items():
-        shape = tuple(sizes.get(size, size) for size in shape)
-        planned.append(_zeros(template.format(layer=layer), target.zeros_dtype or gate.dtype, shape))
-    if target.shared is not None:
-        names = {matrix: target.shared.name.format(layer=layer, matrix=matrix) for matrix in MATRICES}
-        neurons = target.shared.neurons(gate.shape[0])
-        for matrix in ("gate_proj", "up_proj"):
-            part = _rows(ffn[matrix], 0, neurons)
-            planned.append(_joined(names[matrix], part.shape, [part]))
-        planned.append(_zeros(names["down_proj"], gate.dtype, (gate.shape[1], neurons)))
-    for template, matrices in target.experts.items():
-        parts = [ffn[matrix] for matrix in matrices]
-        shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-        if "{expert}" in template:
-            names = [template.format(layer=layer, expert=expert) for expert in range(experts)]
-            planned += [_joined(name, shape, parts) for name in names]
-        else:
-            planned.append(_joined(template.format(layer=layer), (experts, *shape), parts * experts))
-    return planned
-
-
 def _rows(stored: StoredTensor, first: int, count: int) -> StoredTensor:
     row = stored.length // stored.shape[0]
     return replace(stored, shape=(count, *stored.shape[1:]), offset=stored.offset + first * row, length=count * row)
 
 
-def _joined(name: str, shape: tuple[int, ...], parts: list[StoredTensor]) -> PlannedTensor:
-    pieces = tuple(CopyBytes(part.file, part.offset, part.length) for part in parts)
-    return PlannedTensor(name, parts[0].dtype, shape, pieces)
-
-
-def _zeros(name: str, dtype: str, shape: tuple[int, ...]) -> PlannedTensor:
-    return PlannedTensor(name, dtype, shape, (FillZeros(math.prod(shape) * DTYPE_BITS[dtype] // 8),))
-
-
-def _router(name: str, gate: StoredTensor, experts: int, key: str, std: float) -> PlannedTensor:
-    """A row of the hidden size per expert."""
-    dtype, shape = gate.dtype, (experts, gate.shape[1])
+def _mean(parts: Sequence[StoredTensor]) -> Piece:
+    """The bytes of one tensor, or the mean of several."""
+    pieces = [CopyBytes(part.file, part.offset, part.length) for part in parts]
+    if len(pieces) == 1:
+        return pieces[0]
+    dtype = parts[0].dtype
     if dtype not in NUMBER_BYTES:
-        raise ValueError(f"Routers are made in {', '.join(NUMBER_BYTES)}, got FFNs in {dtype}: convert them.")
-    if std == 0:
-        return _zeros(name, dtype, shape)
-    return PlannedTensor(name, dtype, shape, (DrawNormal(math.prod(shape), std, dtype, key),))
+        raise ValueError(f"Means are made in {', '.join(NUMBER_BYTES)}, got `{parts[0].name}` in {dtype}.")
+    return WeightedSum(tuple(Term(1 / len(pieces), piece, dtype) for piece in pieces), dtype)

@@ -1,0 +1,216 @@
+"""What will an upcycling write, what does it cost, and is it exact? Decided from headers alone."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from sparse_hf.moe.expert_init import ExpertInit, changes_function, cut_of
+from sparse_hf.moe.mixture_plan import Mixture
+from sparse_hf.moe.pairs import Pair, pair_of, target_values
+from sparse_hf.moe.router_init import Router
+from sparse_hf.moe.upcycling_plan import check_branches, plan_tensors, split_rows
+from sparse_hf.storage.locations import local_folder
+from sparse_hf.storage.shard_plan import PlannedShard, plan_digest, plan_shards
+from sparse_hf.storage.shard_writer import free_bytes
+from sparse_hf.storage.tensor_headers import StoredTensor, read_headers
+
+
+WEIGHTS = ("*.safetensors", "model.safetensors.index.json")
+# What belongs to a model beside weights and config; nothing of it is code.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+SHARD_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class UpcyclingPlan:
+    """What an upcycling will do; printing it says so in words."""
+
+    source: Path
+    destination: Path
+    pair: Pair
+    config: PreTrainedConfig
+    shards: tuple[PlannedShard, ...]
+    digest: str
+    mixture: Mixture
+    branches: tuple[Path, ...]
+    layers: int
+    all_layers: int
+    dense_bytes: int
+    ffn_ratio: float
+
+    @property
+    def bytes(self) -> int:
+        """Of all shards."""
+        return sum(shard.file_bytes() for shard in self.shards)
+
+    @property
+    def changed(self) -> str | None:
+        """Why the mixture does not compute what the dense model does; None where it does."""
+        if self.branches:
+            return f"experts come from {len(self.branches)} models"
+        return changes_function(self.mixture.init, self.mixture.experts)
+
+    def __str__(self) -> str:
+        target, free = self.pair.target, free_bytes(self.destination)
+        return (
+            f"{self.pair.source} -> {target.model_type} ({target.architecture}): {self.layers} of {self.all_layers} "
+            f"layers, {getattr(self.config, target.count)} experts, top {getattr(self.config, target.top_k)}\n"
+            f"{self._function()}{target.remark}{self._shared_expert()}"
+            f"{self.dense_bytes / 1e9:.2f} GB -> {self.bytes / 1e9:.2f} GB in {len(self.shards)} files, "
+            f"{free / 1e9:.1f} GB free; FFN FLOPs per token {self.ffn_ratio:.2f} x dense"
+        )
+
+    def _function(self) -> str:
+        target = self.pair.target
+        if self.changed:
+            return f"Not exact: {self.changed}. The difference of the logits is measured and told, not limited.\n"
+        balance = (
+            "`output_router_logits=True` in the config turns the model's own on"
+            if target.balance_loss
+            else f"Transformers has none for {target.model_type}: bring your own"
+        )
+        return (
+            "Exact: the experts are copies, and the weights of those chosen sum to 1 for every token, so the logits "
+            "stay. For the same reason the language-model loss gives routers no gradient until experts differ: train "
+            f"with a load-balancing loss ({balance}).\n"
+        )
+
+    def _shared_expert(self) -> str:
+        shared = self.pair.target.shared
+        if shared is None or (shared.optional and not self.mixture.init.shared_half):
+            return ""
+        if self.mixture.init.shared_half:
+            return "One half of each FFN is the shared expert for every token, the experts are copies of the other.\n"
+        if shared.width is not None:
+            part = f"1/{shared.parts} of the dense FFN's width"
+        else:
+            part = "as wide as the dense FFN" if self.mixture.init.granularity == 1 else "as wide as an expert"
+        return (
+            f"{self.pair.target.model_type} has a shared expert for every token: {part}, gate and up copied, down "
+            "zero, so that it adds exactly 0 until training changes that.\n"
+        )
+
+
+def plan_upcycling(
+    source: str | Path,
+    destination: str | Path,
+    experts: int = 8,
+    top_k: int = 2,
+    layers: Sequence[int] | None = None,
+    router_std: float = 0.02,
+    seed: int = 0,
+    max_shard_bytes: int = SHARD_BYTES,
+    target: str | None = None,
+    init: ExpertInit = ExpertInit(),
+    branches: Sequence[str | Path] = (),
+    average: bool = False,
+    router_rows: Mapping[int, np.ndarray] | None = None,
+) -> UpcyclingPlan:
+    """What `upcycle` would do with the same arguments; reads headers only and writes nothing.
+
+    Raises:
+        FileNotFoundError: no such checkpoint, or a shard is missing.
+        ValueError: the source has no exact target, is damaged, or the numbers do not fit.
+    """
+    _check_numbers(experts, top_k, router_std, max_shard_bytes, len(branches), average)
+    folder = local_folder(source, ["config.json", *WEIGHTS, *COMPANIONS])
+    config = AutoConfig.from_pretrained(folder)
+    pair = pair_of(config, target)
+    chosen = chosen_layers(pair, config.num_hidden_layers, layers)
+    mixture = Mixture(pair.target, experts, top_k, init, Router(router_std, seed, router_rows))
+    others = tuple(local_folder(one, ["config.json", *WEIGHTS]) for one in branches)
+    headers, *more = (split_rows(read_headers(one), pair, config) for one in (folder, *others))
+    check_branches(headers, more)
+    tensors = plan_tensors(headers, mixture, chosen, more, average)
+    shards = tuple(plan_shards(tensors, max_shard_bytes))
+    dense = tuple(sorted(set(range(config.num_hidden_layers)) - chosen))
+    neurons = headers[f"model.layers.{min(chosen)}.mlp.gate_proj.weight"].shape[0]
+    cut = cut_of(init, pair.target, neurons, experts, top_k)
+    values = target_values(pair, config, cut, top_k, dense)
+    for one in others:
+        _check_alike(values, target_values(pair, AutoConfig.from_pretrained(one), cut, top_k, dense), one)
+    made = CONFIG_MAPPING[pair.target.model_type](**values, dtype=config.dtype)
+    options = {name: value for name, value in made.to_dict().items() if name != "transformers_version"}
+    sources = [_identities(one) for one in (headers, *more)]
+    return UpcyclingPlan(
+        source=folder,
+        destination=Path(destination),
+        pair=pair,
+        config=made,
+        shards=shards,
+        digest=plan_digest(shards, {"config": options, "sources": sources}),
+        mixture=mixture,
+        branches=others,
+        layers=len(chosen),
+        all_layers=config.num_hidden_layers,
+        dense_bytes=sum(stored.length for stored in headers.values()),
+        ffn_ratio=(len(chosen) * (top_k * cut.width + cut.shared) / neurons + len(dense)) / config.num_hidden_layers,
+    )
+
+
+def chosen_layers(pair: Pair, count: int, layers: Sequence[int] | None) -> frozenset[int]:
+    """Which of `count` layers become mixtures; all for None.
+
+    Raises:
+        ValueError: there are no such layers, or the target has no dense ones.
+    """
+    chosen = frozenset(range(count) if layers is None else layers)
+    outside = sorted(layer for layer in chosen if type(layer) is not int or not 0 <= layer < count)
+    if outside or not chosen:
+        raise ValueError(f"`layers` must name some of the layers 0 to {count - 1}, got {layers!r}.")
+    if len(chosen) < count and pair.target.dense_layers is None:
+        raise ValueError(
+            f"A {pair.target.model_type} model has a mixture in every layer, got `layers` = {sorted(chosen)}: "
+            "leave it out."
+        )
+    return chosen
+
+
+def _identities(headers: Mapping[str, StoredTensor]) -> dict[str, str | int]:
+    """What tells a source file from one of equal name, size and header: two fine-tunings of one model have those."""
+    files = {stored.file for stored in headers.values()}
+    # In the Hub's cache a file is a link to its content's hash.
+    return {file.name: file.resolve().name if file.is_symlink() else file.stat().st_mtime_ns for file in files}
+
+
+def _check_numbers(
+    experts: int, top_k: int, router_std: float, max_shard_bytes: int, branches: int, average: bool
+) -> None:
+    if type(experts) is not int or experts < 1:
+        raise ValueError(f"`experts` must be 1 or more, got {experts!r}.")
+    if type(top_k) is not int:
+        raise ValueError(f"`top_k` must be a whole number, got {top_k!r}.")
+    if branches and experts % branches:
+        raise ValueError(f"`experts` must be a multiple of the {branches} branches, got {experts}.")
+    if average and not branches:
+        raise ValueError("`average` needs `branches` to average.")
+    if not 0 <= router_std < float("inf"):
+        raise ValueError(f"`router_std` must be 0 or more, got {router_std!r}.")
+    if max_shard_bytes < 1:
+        raise ValueError(f"`max_shard_bytes` must be 1 or more, got {max_shard_bytes!r}.")
+
+
+def _check_alike(ours: Mapping[str, object], theirs: Mapping[str, object], branch: Path) -> None:
+    """Branches must be one architecture; tokens that begin, end or pad a text may differ."""
+    differing = [name for name in ours if not name.endswith("_token_id") and ours[name] != theirs.get(name)]
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"All models must have one architecture, but `{name}` is {ours[name]!r} in the source and "
+            f"{theirs.get(name)!r} in `{branch}`: take models that were fine-tuned from one."
+        )
