@@ -2,7 +2,8 @@
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 
 COMMON = dict(
@@ -88,3 +89,12 @@ def save_dense(folder, family, dtype=torch.float32, seed=0, **changes):
     model.to(dtype).config.dtype = dtype
     model.save_pretrained(folder)
     return model
+
+
+def save_word_tokenizer(folder, words):
+    """One token per word."""
+    vocabulary = {word: number for number, word in enumerate(("<pad>", "<unk>", *words.split()))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    names = {"pad_token": "<pad>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)

@@ -8,6 +8,7 @@ import numpy as np
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from sparse_hf.moe.chosen_layers import chosen_layers
 from sparse_hf.moe.expert_init import ExpertInit, changes_function, cut_of
 from sparse_hf.moe.mixture_plan import Mixture
 from sparse_hf.moe.pairs import Pair, pair_of, target_values
@@ -111,12 +112,12 @@ def plan_upcycling(
     destination: str | Path,
     experts: int = 8,
     top_k: int = 2,
-    layers: Sequence[int] | None = None,
+    layers: Sequence[int] | str | None = None,
     router_std: float = 0.02,
     seed: int = 0,
     max_shard_bytes: int = SHARD_BYTES,
     target: str | None = None,
-    init: ExpertInit = ExpertInit(),
+    init: ExpertInit | None = None,
     branches: Sequence[str | Path] = (),
     average: bool = False,
     router_rows: Mapping[int, np.ndarray] | None = None,
@@ -131,7 +132,8 @@ def plan_upcycling(
     folder = local_folder(source, ["config.json", *WEIGHTS, *COMPANIONS])
     config = AutoConfig.from_pretrained(folder)
     pair = pair_of(config, target)
-    chosen = chosen_layers(pair, config.num_hidden_layers, layers)
+    chosen = chosen_layers(pair.target, config.num_hidden_layers, layers)
+    init = init or ExpertInit()
     mixture = Mixture(pair.target, experts, top_k, init, Router(router_std, seed, router_rows))
     others = tuple(local_folder(one, ["config.json", *WEIGHTS]) for one in branches)
     headers, *more = (split_rows(read_headers(one), pair, config) for one in (folder, *others))
@@ -161,24 +163,6 @@ def plan_upcycling(
         dense_bytes=sum(stored.length for stored in headers.values()),
         ffn_ratio=(len(chosen) * (top_k * cut.width + cut.shared) / neurons + len(dense)) / config.num_hidden_layers,
     )
-
-
-def chosen_layers(pair: Pair, count: int, layers: Sequence[int] | None) -> frozenset[int]:
-    """Which of `count` layers become mixtures; all for None.
-
-    Raises:
-        ValueError: there are no such layers, or the target has no dense ones.
-    """
-    chosen = frozenset(range(count) if layers is None else layers)
-    outside = sorted(layer for layer in chosen if type(layer) is not int or not 0 <= layer < count)
-    if outside or not chosen:
-        raise ValueError(f"`layers` must name some of the layers 0 to {count - 1}, got {layers!r}.")
-    if len(chosen) < count and pair.target.dense_layers is None:
-        raise ValueError(
-            f"A {pair.target.model_type} model has a mixture in every layer, got `layers` = {sorted(chosen)}: "
-            "leave it out."
-        )
-    return chosen
 
 
 def _identities(headers: Mapping[str, StoredTensor]) -> dict[str, str | int]:

@@ -21,14 +21,14 @@ def upcycle(
     destination: str | Path,
     experts: int = 8,
     top_k: int = 2,
-    layers: Sequence[int] | None = None,
+    layers: Sequence[int] | str | None = None,
     router_std: float = 0.02,
     seed: int = 0,
     max_shard_bytes: int = SHARD_BYTES,
     check_tokens: int = 256,
     progress: bool = True,
     target: str | None = None,
-    init: ExpertInit = ExpertInit(),
+    init: ExpertInit | None = None,
     branches: Sequence[str | Path] = (),
     average: bool = False,
     router_rows: Mapping[int, np.ndarray] | None = None,
@@ -47,8 +47,8 @@ def upcycle(
         experts: copies of each FFN; with `init.granularity` G each is cut into G experts.
         top_k: experts per token; 1 leaves routers without any gradient from the language-model loss, for ever. With
             granularity G a multiple of it, G for the dense FFN's FLOPs.
-        layers: which layers become mixtures; all by default. Only Qwen2-MoE and Qwen3-MoE can leave layers
-            dense.
+        layers: which layers become mixtures, by number or as "4-31", "every-2" or "0,3,5-7"; all by default. Only
+            Qwen2-MoE and Qwen3-MoE can leave layers dense.
         router_std: standard deviation of the routers' normal start; 0 for zeros. Relative to `router_rows`, if given.
         seed: of the routers and of the check's tokens.
         max_shard_bytes: of one file.
@@ -87,15 +87,20 @@ def upcycle(
     return plan
 
 
-def carry_out(plan: UpcyclingPlan, check_tokens: int = 256, progress: bool = True, seed: int = 0) -> None:
-    """Write what a plan says; see `upcycle`."""
+def carry_out(plan: UpcyclingPlan, check_tokens: int = 256, progress: bool = True, seed: int = 0) -> float | None:
+    """Write what a plan says; see `upcycle`.
+
+    Returns:
+        The largest difference of the logits, as a fraction of the largest; None if they were not compared or other
+        processes are not done yet.
+    """
     _check_destination(plan)
     missing = set(missing_shards(plan.destination, plan.shards))
     require_space(plan.destination, sum(shard.file_bytes() for shard in plan.shards if shard.name in missing))
     with tqdm(total=plan.bytes, unit="B", unit_scale=True, desc="upcycling", disable=not progress) as bar:
         elsewhere = write_shards(plan.destination, plan.shards, plan.digest, bar.update)
     if elsewhere:
-        return
+        return None
     write_index(plan.destination, plan.shards)
     difference = None
     if check_tokens:
@@ -106,6 +111,7 @@ def carry_out(plan: UpcyclingPlan, check_tokens: int = 256, progress: bool = Tru
                 f"{difference:.2g}. `{plan.destination}` is left without a config, so that nothing loads it."
             )
     _finish(plan, difference)
+    return difference
 
 
 def _finish(plan: UpcyclingPlan, difference: float | None) -> None:

@@ -1,9 +1,12 @@
 """`sparse-hf upcycle` from the shell."""
 
+import json
+
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from sparse_hf.cli import app
+from tiny_dense import save_dense, save_word_tokenizer
 from tiny_models import tiny_model
 
 
@@ -23,3 +26,31 @@ def test_plan_write_and_refuse(tmp_path):
     again = CliRunner().invoke(app, words)
     assert again.exit_code == 1
     assert "holds a model already" in again.output
+
+
+def test_parts_layers_and_branches_by_options(tmp_path):
+    for seed, name in enumerate(("dense", "branch")):
+        save_dense(tmp_path / name, "qwen3", seed=seed)
+    words = ["upcycle", str(tmp_path / "dense"), str(tmp_path / "moe"), "--experts", "2", "--check-tokens", "16"]
+    parts = CliRunner().invoke(app, [*words, "--plan", "--granularity", "4", "--top-k", "4", "--layers", "every-2"])
+    assert "1 of 2 layers, 8 experts, top 4" in parts.output
+    done = CliRunner().invoke(app, [*words, "--branch", str(tmp_path / "branch"), "--average"])
+    assert done.exit_code == 0, done.output
+    assert "Not exact: experts come from 1 models" in done.output
+    assert "of the largest on 16 tokens" in done.output
+
+
+def test_routers_fitted_to_a_file(tmp_path):
+    save_dense(tmp_path / "dense", "qwen3")
+    save_word_tokenizer(tmp_path / "dense", "red green cat dog")
+    samples = tmp_path / "samples.json"
+    words = ["upcycle", str(tmp_path / "dense"), str(tmp_path / "moe"), "--router-samples", str(samples)]
+    for content in ('["red"]', '{"colours": "red"}'):
+        samples.write_text(content)
+        wrong = CliRunner().invoke(app, words)
+        assert wrong.exit_code == 1
+        assert "must hold texts by domain" in wrong.output.replace("\n", " ")
+    samples.write_text(json.dumps({"colours": ["red green"], "animals": ["cat dog"]}))
+    done = CliRunner().invoke(app, [*words, "--check-tokens", "16"])
+    assert done.exit_code == 0, done.output
+    assert "told apart by layer 1.00, 1.00, chance 0.50" in done.output.replace("\n", " ")
