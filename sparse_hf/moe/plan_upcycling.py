@@ -6,18 +6,19 @@ from pathlib import Path
 
 import numpy as np
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from sparse_hf.moe.chosen_layers import chosen_layers
-from sparse_hf.moe.expert_init import ExpertInit, changes_function, cut_of
+from sparse_hf.moe.conversions import generic_conversion, native_conversion
+from sparse_hf.moe.expert_init import ExpertInit, changes_function
+from sparse_hf.moe.generic_families import STORED_FEED_FORWARDS
+from sparse_hf.moe.generic_plan import CODE, generic_pair
 from sparse_hf.moe.mixture_plan import Mixture
-from sparse_hf.moe.pairs import Pair, pair_of, target_values
+from sparse_hf.moe.pairs import Pair, pair_of
 from sparse_hf.moe.router_init import Router
-from sparse_hf.moe.upcycling_plan import check_branches, plan_tensors, split_rows
 from sparse_hf.storage.locations import local_folder
 from sparse_hf.storage.shard_plan import PlannedShard, plan_digest, plan_shards
 from sparse_hf.storage.shard_writer import free_bytes
-from sparse_hf.storage.tensor_headers import StoredTensor, read_headers
+from sparse_hf.storage.tensor_headers import StoredTensor
 
 
 WEIGHTS = ("*.safetensors", "model.safetensors.index.json")
@@ -31,6 +32,10 @@ COMPANIONS = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "preprocessor_config.json",
     "chat_template.jinja",
     "chat_template.json",
 )
@@ -53,6 +58,7 @@ class UpcyclingPlan:
     all_layers: int
     dense_bytes: int
     ffn_ratio: float
+    code: Path | None = None
 
     @property
     def bytes(self) -> int:
@@ -131,37 +137,30 @@ def plan_upcycling(
     _check_numbers(experts, top_k, router_std, max_shard_bytes, len(branches), average)
     folder = local_folder(source, ["config.json", *WEIGHTS, *COMPANIONS])
     config = AutoConfig.from_pretrained(folder)
-    pair = pair_of(config, target)
+    generic = config.model_type in STORED_FEED_FORWARDS
+    pair = generic_pair(config, target) if generic else pair_of(config, target)
     chosen = chosen_layers(pair.target, config.num_hidden_layers, layers)
-    init = init or ExpertInit()
-    mixture = Mixture(pair.target, experts, top_k, init, Router(router_std, seed, router_rows))
+    mixture = Mixture(pair.target, experts, top_k, init or ExpertInit(), Router(router_std, seed, router_rows))
     others = tuple(local_folder(one, ["config.json", *WEIGHTS]) for one in branches)
-    headers, *more = (split_rows(read_headers(one), pair, config) for one in (folder, *others))
-    check_branches(headers, more)
-    tensors = plan_tensors(headers, mixture, chosen, more, average)
-    shards = tuple(plan_shards(tensors, max_shard_bytes))
-    dense = tuple(sorted(set(range(config.num_hidden_layers)) - chosen))
-    neurons = headers[f"model.layers.{min(chosen)}.mlp.gate_proj.weight"].shape[0]
-    cut = cut_of(init, pair.target, neurons, experts, top_k)
-    values = target_values(pair, config, cut, top_k, dense)
-    for one in others:
-        _check_alike(values, target_values(pair, AutoConfig.from_pretrained(one), cut, top_k, dense), one)
-    made = CONFIG_MAPPING[pair.target.model_type](**values, dtype=config.dtype)
-    options = {name: value for name, value in made.to_dict().items() if name != "transformers_version"}
-    sources = [_identities(one) for one in (headers, *more)]
+    convert = generic_conversion if generic else native_conversion
+    made = convert((folder, *others), config, pair, mixture, chosen, average)
+    shards = tuple(plan_shards(made.tensors, max_shard_bytes))
+    options = {name: value for name, value in made.config.to_dict().items() if name != "transformers_version"}
+    count = config.num_hidden_layers
     return UpcyclingPlan(
         source=folder,
         destination=Path(destination),
         pair=pair,
-        config=made,
+        config=made.config,
         shards=shards,
-        digest=plan_digest(shards, {"config": options, "sources": sources}),
+        digest=plan_digest(shards, {"config": options, "sources": [_identities(one) for one in made.sources]}),
         mixture=mixture,
         branches=others,
         layers=len(chosen),
-        all_layers=config.num_hidden_layers,
-        dense_bytes=sum(stored.length for stored in headers.values()),
-        ffn_ratio=(len(chosen) * (top_k * cut.width + cut.shared) / neurons + len(dense)) / config.num_hidden_layers,
+        all_layers=count,
+        dense_bytes=sum(stored.length for stored in made.sources[0].values()),
+        ffn_ratio=(len(chosen) * made.ffns_per_token + count - len(chosen)) / count,
+        code=CODE if generic else None,
     )
 
 
@@ -187,14 +186,3 @@ def _check_numbers(
         raise ValueError(f"`router_std` must be 0 or more, got {router_std!r}.")
     if max_shard_bytes < 1:
         raise ValueError(f"`max_shard_bytes` must be 1 or more, got {max_shard_bytes!r}.")
-
-
-def _check_alike(ours: Mapping[str, object], theirs: Mapping[str, object], branch: Path) -> None:
-    """Branches must be one architecture; tokens that begin, end or pad a text may differ."""
-    differing = [name for name in ours if not name.endswith("_token_id") and ours[name] != theirs.get(name)]
-    if differing:
-        name = differing[0]
-        raise ValueError(
-            f"All models must have one architecture, but `{name}` is {ours[name]!r} in the source and "
-            f"{theirs.get(name)!r} in `{branch}`: take models that were fine-tuned from one."
-        )

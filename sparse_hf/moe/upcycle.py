@@ -10,7 +10,8 @@ from tqdm.auto import tqdm
 
 from sparse_hf import __version__
 from sparse_hf.moe.expert_init import ExpertInit
-from sparse_hf.moe.logits_check import TOLERANCE, largest_difference
+from sparse_hf.moe.generic_check import largest_generic_difference
+from sparse_hf.moe.layerwise_check import compare_layer_by_layer, fp32_tolerance
 from sparse_hf.moe.plan_upcycling import COMPANIONS, SHARD_BYTES, UpcyclingPlan, plan_upcycling
 from sparse_hf.storage.durable import write_json
 from sparse_hf.storage.shard_writer import missing_shards, require_space, write_index, write_shards
@@ -32,14 +33,16 @@ def upcycle(
     branches: Sequence[str | Path] = (),
     average: bool = False,
     router_rows: Mapping[int, np.ndarray] | None = None,
+    check_text: str | None = None,
 ) -> UpcyclingPlan:
     """Write a mixture of experts made of a dense checkpoint, by default of exact copies (Komatsuzaki et al. 2022).
 
     The target is a stock architecture with the names that its own checkpoints have on the Hub, so that Transformers,
-    vLLM and SGLang read it with no code of ours (no engine was run by us). Weights are copied block by block; no model
-    is held in memory but for the check at the end. Called again after a kill it goes on, and the files are those of an
-    uninterrupted run, byte for byte. Several processes may be called alike and share the shards; the last to finish
-    completes the folder. It can be loaded only once everything is written and checked.
+    vLLM and SGLang read it with no code of ours (no engine was run by us). GPT-2, BERT, RoBERTa, ViT and T5 encoders,
+    which have no such sibling, get a mixture of ours that the Auto classes load. Weights are copied block by block; no
+    model is held in memory but for the check at the end. Called again after a kill it goes on, and the files are those
+    of an uninterrupted run, byte for byte. Several processes may be called alike and share the shards; the last to
+    finish completes the folder. It can be loaded only once everything is written and checked.
 
     Args:
         source: folder or Hub id of a dense checkpoint in safetensors.
@@ -52,8 +55,8 @@ def upcycle(
         router_std: standard deviation of the routers' normal start; 0 for zeros. Relative to `router_rows`, if given.
         seed: of the routers and of the check's tokens.
         max_shard_bytes: of one file.
-        check_tokens: how many random tokens the logits of both models are compared on; 0 skips the comparison, which
-            needs the memory of the mixture in fp32.
+        check_tokens: how many tokens the logits of both models are compared on, layer by layer in the memory of one
+            layer in fp32 (a mixture of ours: both whole, one after the other); 0 skips it.
         progress: show a bar.
         target: `model_type` of the mixture, where a family has several that are exact (Llama, Mistral and Qwen2 also
             become "glm4_moe", Qwen3 that and "dots1"); by default the one that most engines have had for longest.
@@ -62,6 +65,7 @@ def upcycle(
             (branch-train-mix, Sukhbaatar et al. 2024); everything else is the source's.
         average: whether everything else is the branches' mean instead.
         router_rows: what `fit_routers` found, instead of a random start.
+        check_text: to compare on, read with the source's tokenizer; random tokens by default.
 
     Raises:
         FileNotFoundError, ValueError: see `plan_upcycling`; or the logits differ, and the folder stays without config.
@@ -83,11 +87,17 @@ def upcycle(
         average,
         router_rows,
     )
-    carry_out(plan, check_tokens, progress, seed)
+    carry_out(plan, check_tokens, progress, seed, check_text)
     return plan
 
 
-def carry_out(plan: UpcyclingPlan, check_tokens: int = 256, progress: bool = True, seed: int = 0) -> float | None:
+def carry_out(
+    plan: UpcyclingPlan,
+    check_tokens: int = 256,
+    progress: bool = True,
+    seed: int = 0,
+    check_text: str | None = None,
+) -> float | None:
     """Write what a plan says; see `upcycle`.
 
     Returns:
@@ -102,23 +112,36 @@ def carry_out(plan: UpcyclingPlan, check_tokens: int = 256, progress: bool = Tru
     if elsewhere:
         return None
     write_index(plan.destination, plan.shards)
-    difference = None
-    if check_tokens:
-        difference = largest_difference(plan.source, plan.destination, plan.config, check_tokens, seed)
-        if not plan.changed and not difference <= TOLERANCE:
-            raise ValueError(
-                f"The logits of the mixture must be those of the dense model to {TOLERANCE:g} of the largest, got "
-                f"{difference:.2g}. `{plan.destination}` is left without a config, so that nothing loads it."
-            )
+    difference = _checked(plan, check_tokens, check_text, seed, progress) if check_tokens else None
     _finish(plan, difference)
+    return difference
+
+
+def _checked(plan: UpcyclingPlan, tokens: int, text: str | None, seed: int, progress: bool) -> float:
+    """The largest difference of the logits, as a fraction of the largest; refused where there should be none."""
+    options = {"tokens": tokens, "seed": seed}
+    if plan.code is None:
+        found = compare_layer_by_layer(
+            plan.source, plan.destination, plan.config, **options, text=text, progress=progress
+        )
+        difference, allowed, where = found.logits, found.logits_tolerance, found.first_wrong_layer
+    else:
+        difference = largest_generic_difference(plan.source, plan.destination, plan.config, **options)
+        allowed, where = fp32_tolerance(plan.all_layers), None
+    if not plan.changed and not difference <= allowed:
+        place = "" if where is None else f" and layer {where} is the first to differ"
+        raise ValueError(
+            f"The logits of the mixture must be those of the dense model to {allowed:g} of the largest, got "
+            f"{difference:.2g}{place}. `{plan.destination}` is left without a config, so that nothing loads it."
+        )
     return difference
 
 
 def _finish(plan: UpcyclingPlan, difference: float | None) -> None:
     """What makes the folder a model, the config last."""
-    for name in COMPANIONS:
-        if (plan.source / name).is_file():
-            shutil.copyfile(plan.source / name, plan.destination / name)
+    for file in (*(plan.source / name for name in COMPANIONS), plan.code):
+        if file is not None and file.is_file():
+            shutil.copyfile(file, plan.destination / file.name)
     description = {
         "kind": "upcycled_model",
         "source_type": plan.pair.source,

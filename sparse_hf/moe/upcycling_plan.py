@@ -82,7 +82,7 @@ def check_branches(headers: Mapping[str, StoredTensor], branches: Sequence[Mappi
     """Refuse, with a ValueError, branches that do not hold the source's tensors in the source's shapes and dtypes."""
     for number, branch in enumerate(branches):
         for name in sorted(headers.keys() | branch.keys()):
-            sides = [one[name] if name in one else None for one in (headers, branch)]
+            sides = [one.get(name) for one in (headers, branch)]
             found = [f"{side.dtype} {list(side.shape)}" if side else "missing" for side in sides]
             if found[0] != found[1]:
                 raise ValueError(

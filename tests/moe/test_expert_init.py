@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sparse_hf.moe.expert_init import ExpertInit
-from sparse_hf.moe.logits_check import largest_difference
 from sparse_hf.moe.upcycle import plan_upcycling, upcycle
 from tiny_dense import save_dense
+from whole_models import largest_difference
 
 
 def quiet(source, destination, **options):

@@ -1,6 +1,7 @@
 """A dense checkpoint becomes a mixture of experts that stock Transformers loads and that computes the same."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, MixtralForCausalLM, Q
 from sparse_hf.moe import upcycle as upcycling
 from sparse_hf.moe.upcycle import plan_upcycling, upcycle
 from tiny_models import tiny_inputs, tiny_model
+from whole_models import largest_difference
 
 
 TARGETS = {"llama": MixtralForCausalLM, "mistral": MixtralForCausalLM, "qwen3": Qwen3MoeForCausalLM}
@@ -154,8 +156,9 @@ def test_the_plan_says_what_will_happen(tmp_path):
 
 def test_a_folder_that_fails_the_check_does_not_load(tmp_path, monkeypatch):
     save_dense(tmp_path / "dense")
-    monkeypatch.setattr(upcycling, "largest_difference", lambda *_: 0.5)
-    with pytest.raises(ValueError, match="got 0.5.*left without a config"):
+    real = upcycling.compare_layer_by_layer
+    monkeypatch.setattr(upcycling, "compare_layer_by_layer", lambda *a, **k: replace(real(*a, **k), logits=0.5))
+    with pytest.raises(ValueError, match="to 1e-05 of the largest, got 0.5.*left without a config"):
         quiet(tmp_path / "dense", tmp_path / "moe")
     with pytest.raises((OSError, ValueError)):
         AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
@@ -168,7 +171,7 @@ def test_the_check_sees_a_wrong_conversion(tmp_path):
     # What others write: the window is lost, everything loads.
     (tmp_path / "dense" / "config.json").write_text(json.dumps({**config, "sliding_window": None}))
     target = AutoConfig.from_pretrained(tmp_path / "moe")
-    assert upcycling.largest_difference(tmp_path / "dense", tmp_path / "moe", target, 64, 0) > 1e-3
+    assert largest_difference(tmp_path / "dense", tmp_path / "moe", target, 64, 0) > 1e-3
 
 
 def test_a_damaged_source(tmp_path):

@@ -5,10 +5,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from sparse_hf.moe.logits_check import largest_difference
 from sparse_hf.moe.pairs import PAIRS
 from sparse_hf.moe.upcycle import upcycle
 from tiny_dense import DENSE, LLAMA3, save_dense
+from whole_models import largest_difference
 
 
 ALL = [(source, pair.target) for source, pairs in PAIRS.items() for pair in pairs]
