@@ -3,6 +3,7 @@
 import importlib
 
 from sparse_hf.anatomy.registration import register_slim_models
+from sparse_hf.moe.registration import register_mixture_models
 
 
 __version__ = "0.1.0"
@@ -24,15 +25,24 @@ __all__ = [
     "Ticket",
     "UnitTable",
     "cut_heads",
+    "densify",
+    "drop_experts",
     "dsee_sparsity",
+    "expert_lora_targets",
+    "expert_usage",
+    "export_merged",
     "find_sites",
     "find_units",
     "fit_routers",
     "heads_by_update",
     "load_slim",
+    "load_usage",
+    "load_with_shared_experts",
+    "merge_experts",
     "plot_mask_distances",
     "plot_sparsity",
     "prune",
+    "save_usage",
     "slim",
     "support_by_gradient",
     "upcycle",
@@ -56,23 +66,34 @@ _HOMES = {
     "Ticket": "sparse_hf.tickets.ticket",
     "UnitTable": "sparse_hf.anatomy.modeling_slim",
     "cut_heads": "sparse_hf.dsee.cut_heads",
+    "densify": "sparse_hf.moe.densify",
+    "drop_experts": "sparse_hf.moe.thin_experts",
     "dsee_sparsity": "sparse_hf.dsee.model",
+    "expert_lora_targets": "sparse_hf.moe.shared_storage",
+    "expert_usage": "sparse_hf.moe.usage",
+    "export_merged": "sparse_hf.moe.export_lora",
     "find_sites": "sparse_hf.anatomy.sites",
     "find_units": "sparse_hf.anatomy.units",
     "fit_routers": "sparse_hf.moe.fit_routers",
     "heads_by_update": "sparse_hf.dsee.cut_heads",
     "load_slim": "sparse_hf.tickets.slim_model",
+    "load_usage": "sparse_hf.moe.usage",
+    "load_with_shared_experts": "sparse_hf.moe.shared_storage",
+    "merge_experts": "sparse_hf.moe.thin_experts",
     "plot_mask_distances": "sparse_hf.hub.mask_distance_picture",
     "plot_sparsity": "sparse_hf.hub.sparsity_picture",
     "prune": "sparse_hf.tickets.prune",
+    "save_usage": "sparse_hf.moe.usage",
     "slim": "sparse_hf.tickets.slim_model",
     "support_by_gradient": "sparse_hf.dsee.weight_gradients",
     "upcycle": "sparse_hf.moe.upcycle",
 }
 
 
-# Slim models are read by `AutoModel....from_pretrained` as soon as sparse_hf is imported, so this cannot wait.
+# Slim models and mixtures of ours are read by `AutoModel....from_pretrained` as soon as sparse_hf is imported, so this
+# cannot wait.
 register_slim_models()
+register_mixture_models()
 
 # The same holds for `PeftModel.from_pretrained` and DSEE adapters; without a working PEFT all else still works.
 _NO_PEFT: ImportError | None = None
