@@ -20,6 +20,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
@@ -328,6 +329,9 @@ def slim_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
         "_auto_class": next((auto for auto, stock in auto_classes(model_type).items() if stock is base), "AutoModel"),
     }
     made = globals()[name] = type(name, (base,), members)
+    # Checkpoints of some families (ViT) have other names than the modules, by a list kept under the class's name.
+    if (renaming := get_checkpoint_conversion_mapping(base.__name__)) is not None:
+        register_checkpoint_conversion_mapping(name, renaming, overwrite=True)
     return made
 
 

@@ -8,7 +8,7 @@ from transformers import AutoModel, BertModel
 from sparse_hf.anatomy.slim import cut_units
 from sparse_hf.anatomy.units import find_units
 from tiny_models import tiny_inputs, tiny_model
-from tiny_slim import GROUPED, OPT_TABLE, even_masks, ragged_masks, tiny_variant
+from tiny_slim import GROUPED, OPT_TABLE, VARIANTS, even_masks, ragged_masks, tiny_variant
 
 
 KEY = "encoder.layer.0.heads"
@@ -153,3 +153,16 @@ def test_a_family_by_table_loads_where_its_code_is_trusted(tmp_path, monkeypatch
     smaller.save_pretrained(tmp_path / "opt")
     loaded = AutoModel.from_pretrained(tmp_path / "opt", trust_remote_code=True)
     assert torch.equal(loaded(**tiny_inputs(model))[0], smaller(**tiny_inputs(model))[0])
+
+
+# `AutoModel` of an encoder of T5 alone is a model with a decoder.
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if not name.startswith("t5-encoder")])
+def test_a_folder_with_a_head_gives_the_base_model_too(variant, tmp_path):
+    model = tiny_variant(variant)
+    slim = cut_units(model, ragged_masks(model))
+    slim.save_pretrained(tmp_path)
+    base = AutoModel.from_pretrained(tmp_path)
+    theirs = dict(slim.named_parameters())
+    prefix = f"{slim.base_model_prefix}." if hasattr(slim, slim.base_model_prefix) else ""
+    for name, parameter in base.named_parameters():
+        assert "pooler" in name or torch.equal(parameter, theirs[f"{prefix}{name}"]), name
