@@ -76,6 +76,7 @@ def command(options: argparse.Namespace, run: Run, folder: Path) -> list[str]:
         *("--num_train_epochs", DENSE_EPOCHS if dense else str(options.slim_epochs)),
         *("--learning_rate", f"{task.learning_rate * (1 if dense else 2):g}"),
         *("--per_device_train_batch_size", str(options.batch_size), "--per_device_eval_batch_size", "64"),
+        *(("--pad_to_max_length", "true") if options.pad else ()),
         *("--train_sampling_strategy", "group_by_length", "--eval_strategy", "no", "--save_strategy", "no"),
         *("--report_to", "none", "--disable_tqdm", "true", "--logging_steps", "50", "--output_dir", str(folder)),
     ]
@@ -162,6 +163,7 @@ def main() -> None:
         "--slim_epochs", type=int, default=2, help="3 trains as long as dense; takes a folder of its own"
     )
     parser.add_argument("--draw_at", help="draw there, not when the mask has settled; takes a folder of its own")
+    parser.add_argument("--pad", action="store_true", help="all inputs to 128 tokens; takes a folder of its own")
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
     if options.report:

@@ -26,6 +26,10 @@ class TaskArguments:
     validation_file: str | None = field(default=None, metadata={"help": "Local validation data."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on a random subset, drawn by seed."})
     max_length: int = field(default=128, metadata={"help": "Longest input in tokens."})
+    pad_to_max_length: bool = field(
+        default=False,
+        metadata={"help": "Pad all inputs to it, as run_glue.py does, instead of each batch to its longest."},
+    )
 
 
 def trainer_parts(task: TaskArguments, training_args: TrainingArguments, *, pretrained: bool = True) -> dict:
@@ -48,7 +52,8 @@ def trainer_parts(task: TaskArguments, training_args: TrainingArguments, *, pret
 
     def tokenize(batch: dict[str, list]) -> dict[str, list]:
         texts = [batch[name] for name in ("text", "text_pair") if name in batch]
-        return tokenizer(*texts, truncation=True, max_length=task.max_length)
+        padding = "max_length" if task.pad_to_max_length else False
+        return tokenizer(*texts, truncation=True, max_length=task.max_length, padding=padding)
 
     def tokenized(data: Dataset) -> Dataset:
         return data.map(tokenize, batched=True)
