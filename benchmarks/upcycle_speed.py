@@ -2,9 +2,10 @@
 
     python benchmarks/upcycle_speed.py [--megabytes 256 --experts 4 --rounds 5] [--folder FOLDER]
 
-A dense Llama checkpoint of about the given size is written with random bf16 weights. Then sparse_hf writes its mixture
-of experts and `cp` copies that mixture, in turns, each flushed to disk, each into a new folder on the same disk. The
-check of logits is left out. Memory is the growth of the peak of resident memory in a process that only writes.
+A dense Llama checkpoint of about the given size is written with random bf16 weights. Then sparse_hf writes its
+mixture of experts and `cp` copies that mixture, in turns, each flushed to disk, each into a new folder on the same
+disk; for copies, for parts whose down matrices are scaled, and for Drop-Upcycling. The check of logits is left out.
+Memory is the growth of the peak of resident memory in a process that only writes.
 """
 
 import argparse
@@ -21,11 +22,17 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparse_hf.moe.upcycle import UpcyclingPlan, plan_upcycling
+from sparse_hf.moe.expert_init import ExpertInit
+from sparse_hf.moe.plan_upcycling import UpcyclingPlan, plan_upcycling
 from sparse_hf.storage.shard_writer import write_shards
 
 
 HIDDEN, NEURONS, VOCABULARY = 1024, 2816, 4096
+MODES = {
+    "copies": (2, ExpertInit()),
+    "parts of a quarter": (4, ExpertInit(granularity=4)),
+    "drop": (2, ExpertInit(drop=0.5)),
+}
 
 
 def dense_checkpoint(folder: Path, megabytes: int) -> None:
@@ -65,6 +72,31 @@ def copied(source: Path, folder: Path) -> float:
     return time.perf_counter() - start
 
 
+def measure(root: Path, mode: str, options: argparse.Namespace) -> str:
+    """A row of the table."""
+    top_k, init = MODES[mode]
+    target = root / mode
+    plan = plan_upcycling(root / "dense", target, options.experts, top_k, max_shard_bytes=1 << 28, init=init)
+    ours, theirs = [], []
+    for number in range(options.rounds):
+        start = time.perf_counter()
+        write_shards(root / f"moe-{number}", plan.shards, plan.digest)
+        ours.append(time.perf_counter() - start)
+        theirs.append(copied(root / f"moe-{number}", root / f"copy-{number}"))
+        shutil.rmtree(root / f"copy-{number}")
+        shutil.rmtree(root / f"moe-{number}")
+    context = multiprocessing.get_context("fork")
+    answer = context.Queue()
+    child = context.Process(target=growth, args=(plan, target, answer))
+    child.start()
+    grown = answer.get()
+    child.join()
+    shutil.rmtree(target)
+    speed, cp = statistics.median(ours), statistics.median(theirs)
+    rates = f"{plan.bytes / speed / 1e6:.0f} | {plan.bytes / cp / 1e6:.0f} | {cp / speed:.2f}"
+    return f"| {mode} | {plan.bytes / 1e9:.2f} GB | {rates} | {grown / 2**20:.0f} |"
+
+
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -73,28 +105,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=None)
     options = parser.parse_args()
+    print("| mode | written | MB/s | cp, MB/s | of cp's | memory grew, MiB |\n|" + " --- |" * 6)
     with tempfile.TemporaryDirectory(dir=options.folder) as place:
-        root = Path(place)
-        dense_checkpoint(root / "dense", options.megabytes)
-        plan = plan_upcycling(root / "dense", root / "moe", options.experts, max_shard_bytes=1 << 28)
-        ours, theirs = [], []
-        for number in range(options.rounds):
-            start = time.perf_counter()
-            write_shards(root / f"moe-{number}", plan.shards, plan.digest)
-            ours.append(time.perf_counter() - start)
-            theirs.append(copied(root / f"moe-{number}", root / f"copy-{number}"))
-            shutil.rmtree(root / f"copy-{number}")
-            shutil.rmtree(root / f"moe-{number}")
-        context = multiprocessing.get_context("fork")
-        answer = context.Queue()
-        child = context.Process(target=growth, args=(plan, root / "memory", answer))
-        child.start()
-        grown = answer.get()
-        child.join()
-        speed, cp = statistics.median(ours), statistics.median(theirs)
-        print(f"{plan.dense_bytes / 1e9:.2f} GB dense -> {plan.bytes / 1e9:.2f} GB, {len(plan.shards)} files")
-        print(f"sparse_hf {plan.bytes / speed / 1e6:.0f} MB/s, cp {plan.bytes / cp / 1e6:.0f} MB/s")
-        print(f"throughput {cp / speed:.2f} of cp's; resident memory grew by {grown / 2**20:.0f} MiB")
+        dense_checkpoint(Path(place) / "dense", options.megabytes)
+        for mode in MODES:
+            print(measure(Path(place), mode, options), flush=True)
 
 
 if __name__ == "__main__":
