@@ -3,9 +3,9 @@
     python benchmarks/dsee_results.py --model_name_or_path MODEL --glue GLUE_FOLDER --output_dir OUT
 
 DSEE, LoRA, SHiRA and full fine-tuning of an encoder, the first three with equally many trained numbers in the query
-and value matrices; S1 at 0, 30 and 50 %; then where S2's entries lie. Each method has its own learning rate, the best of
-`RATES` on a seed that no table shows. A run whose result is on disk is not repeated; several processes may run at once.
-`--report` prints the tables in Markdown and runs nothing.
+and value matrices; S1 at 0, 30 and 50 %; then where S2's entries lie. Each method has its own learning rate, the best
+of `RATES` on a seed that no table shows. A run whose result is on disk is not repeated; several processes may run at
+once. `--report` prints the tables in Markdown and runs nothing.
 """
 
 import argparse
