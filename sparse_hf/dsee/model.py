@@ -4,6 +4,7 @@ import contextlib
 import copy
 import logging
 import warnings
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -134,23 +135,45 @@ class DseeModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
         sparse: bool = False,
+        batch: Mapping[str, Tensor] | None = None,
     ) -> nn.Module:
         """The stock model with the adapters in its weights.
 
         Args:
             sparse: apply S1 to the sum too. Without it U V fills S1's zeros, as in the paper; with it the merged
-                matrices keep them, and the function changes: a log line says by how much.
+                matrices keep them, and the function changes: a log line says how much of their norm is left out.
+            batch: inputs of the model, for which the line says as well how much the sparse merge changes the output
+                (logits, or hidden states of a model without a head).
         """
-        if sparse:
-            layers = [layer for _, layer in _dsee_layers(self.model)]
-            taken = [layer.merge(safe_merge, adapter_names, sparse=True, keep_unmerged=False) for layer in layers]
-            logger.warning(
-                "The sparse merge left out updates under S1: %.2g of a merged matrix's norm on average, %.2g at most. "
-                "Evaluate the merged model.",
-                sum(taken) / max(1, len(taken)),
-                max(taken, default=0.0),
-            )
-        return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        if not sparse:
+            return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        before = None if batch is None else _first_output(self.model, batch)
+        layers = [layer for _, layer in _dsee_layers(self.model)]
+        taken = [layer.merge(safe_merge, adapter_names, sparse=True, keep_unmerged=False) for layer in layers]
+        merged = super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        change = ""
+        if before is not None:
+            difference = (_first_output(merged, batch) - before).norm() / before.norm().clamp_min(1e-30)
+            change = f" The output of the given batch changed by {float(difference):.2g} of its norm."
+        logger.warning(
+            "The sparse merge left out updates under S1: %.2g of a merged matrix's norm on average, %.2g at most.%s "
+            "Evaluate the merged model.",
+            sum(taken) / max(1, len(taken)),
+            max(taken, default=0.0),
+            change,
+        )
+        return merged
+
+
+@torch.no_grad()
+def _first_output(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """In eval mode, in float32; labels are left out, with which a loss would come first."""
+    training = model.training
+    model.eval()
+    try:
+        return model(**{name: one for name, one in batch.items() if name != "labels"})[0].float()
+    finally:
+        model.train(training)
 
 
 class DseeSparsity(NamedTuple):

@@ -18,6 +18,7 @@ from dsee.tiny_dsee import (
     stir,
 )
 from sparse_hf.dsee.model import dsee_sparsity
+from tiny_models import tiny_inputs
 
 
 def two_adapters(family):
@@ -138,6 +139,18 @@ def test_a_sparse_merge_keeps_exactly_the_zeros_of_s1(family, merged_before, cap
     shares = [float((dense[name] * ~mask).norm() / dense[name].norm()) for name, mask in masks.items()]
     said = f"{sum(shares) / len(shares):.2g} of a merged matrix's norm on average, {max(shares):.2g} at most"
     assert said in caplog.text
+
+
+@FAMILY
+def test_a_sparse_merge_says_what_it_does_to_the_output(family, caplog):
+    model = dsee_model(family, base_sparsity=0.4)
+    inputs = tiny_inputs(model)
+    with torch.no_grad():
+        before = model(**inputs)[0]
+        merged = model.merge_and_unload(sparse=True, batch={**inputs, "labels": torch.zeros(1)})
+        change = (merged(**inputs)[0] - before).norm() / before.norm()
+    assert change > 1e-3
+    assert f"The output of the given batch changed by {float(change):.2g} of its norm. Evaluate" in caplog.text
 
 
 def test_sparsity_is_reported_before_and_after_merging():
