@@ -1,5 +1,6 @@
 """How do the bytes of a piece come about, block by block, so that no matrix is held in memory?"""
 
+import functools
 import hashlib
 import os
 from collections.abc import Iterator
@@ -106,20 +107,43 @@ def _column_bytes(piece: CopyColumns, sources: SourceFiles, first: int, rows: in
 def _sum_blocks(piece: WeightedSum, sources: SourceFiles) -> Iterator[bytes]:
     for first in range(0, piece.count, COMPUTED_NUMBERS):
         count = min(COMPUTED_NUMBERS, piece.count - first)
-        total = np.zeros(count, np.float32)
-        for term in piece.terms:
-            total += np.float32(term.scale) * _numbers(term.piece, term.dtype, sources, first, count)
-        yield encode(total, piece.dtype)
+        numbers = (
+            np.float32(term.scale) * _numbers(term.piece, term.dtype, sources, first, count) for term in piece.terms
+        )
+        yield encode(functools.reduce(np.add, numbers), piece.dtype)
 
 
 def _redrawn_blocks(piece: RedrawLines, sources: SourceFiles) -> Iterator[bytes]:
     chosen = redrawn_lines(piece)
     mean, std = _moments(piece, chosen, sources)
-    fresh = DrawNormal(piece.shape[0] * piece.shape[1], 1.0, "F32", piece.key)
-    for first, count, numbers in _computed(piece.base, piece.dtype, sources):
-        places = _in_lines(piece, chosen, first, count)
-        drawn = _numbers(fresh, "F32", sources, first, count)
-        yield encode(np.where(places, drawn * std + mean, numbers), piece.dtype)
+    fresh = _NormalNumbers(piece.key)
+    for first, rows in _row_blocks(piece.base, piece.dtype, piece.shape, sources):
+        rows = rows.copy()
+        if piece.along == "rows":
+            lost = chosen[first : first + len(rows)]
+            rows[lost] = fresh.take(int(lost.sum()), piece.shape[1]) * std + mean
+        else:
+            rows[:, chosen] = fresh.take(len(rows), int(chosen.sum())) * std + mean
+        yield encode(rows, piece.dtype)
+
+
+class _NormalNumbers:
+    """Numbers from N(0, 1), one after the other, fixed by a key and by how many were taken before."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+        self._block = 0
+        self._left = np.empty(0, np.float32)
+
+    def take(self, rows: int, columns: int) -> np.ndarray:
+        """float32 of shape (rows, columns)."""
+        parts = [self._left]
+        while sum(map(len, parts)) < rows * columns:
+            parts.append(_generator(self._key, self._block).standard_normal(NUMBERS_PER_BLOCK, dtype=np.float32))
+            self._block += 1
+        drawn = np.concatenate(parts)
+        self._left = drawn[rows * columns :]
+        return drawn[: rows * columns].reshape(rows, columns)
 
 
 def redrawn_lines(piece: RedrawLines) -> np.ndarray:
@@ -130,17 +154,14 @@ def redrawn_lines(piece: RedrawLines) -> np.ndarray:
     return chosen
 
 
-def _in_lines(piece: RedrawLines, chosen: np.ndarray, first: int, count: int) -> np.ndarray:
-    places = np.arange(first, first + count)
-    return chosen[places // piece.shape[1] if piece.along == "rows" else places % piece.shape[1]]
-
-
 def _moments(piece: RedrawLines, chosen: np.ndarray, sources: SourceFiles) -> tuple[np.float32, np.float32]:
     """Mean and standard deviation of what is lost."""
     total, squares, size = 0.0, 0.0, 0
-    for first, count, numbers in _computed(piece.base, piece.dtype, sources):
-        lost = numbers[_in_lines(piece, chosen, first, count)].astype(np.float64)
-        total, squares, size = total + lost.sum(), squares + np.square(lost).sum(), size + lost.size
+    for first, rows in _row_blocks(piece.base, piece.dtype, piece.shape, sources):
+        lost = rows[chosen[first : first + len(rows)]] if piece.along == "rows" else rows[:, chosen]
+        total += lost.sum(dtype=np.float64)
+        squares += np.square(lost, dtype=np.float64).sum()
+        size += lost.size
     mean = total / max(size, 1)
     return np.float32(mean), np.float32(max(squares / max(size, 1) - mean**2, 0.0) ** 0.5)
 
@@ -151,20 +172,20 @@ def _low_rank_blocks(piece: AddLowRank, sources: SourceFiles) -> Iterator[bytes]
         _numbers(factor, "F32", sources, 0, factor.length // 4).reshape(shape)
         for factor, shape in ((piece.left, (rows, -1)), (piece.right, (-1, columns)))
     )
+    for first, block in _row_blocks(piece.base, piece.dtype, piece.shape, sources):
+        yield encode(block + np.float32(piece.scale) * (left[first : first + len(block)] @ right), piece.dtype)
+
+
+def _row_blocks(
+    base: CopyBytes, dtype: str, shape: tuple[int, int], sources: SourceFiles
+) -> Iterator[tuple[int, np.ndarray]]:
+    """The first row and the float32 numbers of each block of whole rows of a matrix."""
+    rows, columns = shape
     step = max(1, COMPUTED_NUMBERS // columns)
     for first in range(0, rows, step):
         count = min(step, rows - first)
-        numbers = _numbers(piece.base, piece.dtype, sources, first * columns, count * columns)
-        product = np.float32(piece.scale) * (left[first : first + count] @ right)
-        yield encode(numbers + product.ravel(), piece.dtype)
-
-
-def _computed(base: CopyBytes, dtype: str, sources: SourceFiles) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Position, count and numbers of each block of a matrix."""
-    total = base.length // NUMBER_BYTES[dtype]
-    for first in range(0, total, COMPUTED_NUMBERS):
-        count = min(COMPUTED_NUMBERS, total - first)
-        yield first, count, _numbers(base, dtype, sources, first, count)
+        numbers = _numbers(base, dtype, sources, first * columns, count * columns)
+        yield first, numbers.reshape(count, columns)
 
 
 def _numbers(
@@ -226,5 +247,12 @@ def decode(data: bytes, dtype: str) -> np.ndarray:
 def round_to_bf16(numbers: np.ndarray) -> np.ndarray:
     """The bits (uint16) of float32 `numbers` rounded to bfloat16, to the nearest, ties to even; NaN becomes 0x7FC0."""
     bits = numbers.view(np.uint32)
-    to_nearest = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
-    return np.where(np.isnan(numbers), np.uint32(0x7FC0), to_nearest).astype(np.uint16)
+    to_nearest = bits >> 16
+    to_nearest &= 1
+    to_nearest += 0x7FFF
+    to_nearest += bits
+    to_nearest >>= 16
+    nan = np.isnan(numbers)
+    if nan.any():
+        to_nearest[nan] = 0x7FC0
+    return to_nearest.astype(np.uint16)
