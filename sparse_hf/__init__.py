@@ -9,6 +9,7 @@ from sparse_hf.moe.registration import register_mixture_models
 __version__ = "0.1.0"
 
 __all__ = [
+    "BalanceConfig",
     "DseeConfig",
     "DseeMaskingCallback",
     "DseeMaskingConfig",
@@ -50,6 +51,7 @@ __all__ = [
 
 # Imported on first use, so that what a user does not need (matplotlib, typer) is not loaded.
 _HOMES = {
+    "BalanceConfig": "sparse_hf.moe.balance_config",
     "DseeConfig": "sparse_hf.dsee.config",
     "DseeMaskingCallback": "sparse_hf.training.dsee_masking",
     "DseeMaskingConfig": "sparse_hf.dsee.masking_config",

@@ -10,6 +10,7 @@ from transformers.trainer_utils import TrainOutput
 
 from sparse_hf.anatomy.slim import cut_units
 from sparse_hf.dsee.masking_config import DseeTwoStageConfig
+from sparse_hf.moe.balance_config import BalanceConfig
 from sparse_hf.tickets.config_json import SparsityConfig
 from sparse_hf.tickets.configs import LotteryTicketConfig
 from sparse_hf.tickets.early_bird_config import EarlyBirdConfig
@@ -19,6 +20,7 @@ from sparse_hf.training.callback import SparsityCallback
 from sparse_hf.training.checkpoints import last_complete_checkpoint, steps_in_checkpoint
 from sparse_hf.training.dsee_two_stages import DseeTwoStages
 from sparse_hf.training.early_bird_search import EarlyBirdSearch, describe_slim
+from sparse_hf.training.load_balancer import LoadBalancer
 from sparse_hf.training.lottery_search import LotterySearch
 
 
@@ -31,7 +33,7 @@ SEARCHES = {
 
 
 class SparseTrainer(Trainer):
-    """A Trainer with one more argument, `sparsity`; without it, it is a Trainer.
+    """A Trainer with two more arguments, `sparsity` and `balance`; without them, it is a Trainer.
 
     Pruned weights, their gradients and their optimizer moments are exactly zero at every step, on any torch optimizer,
     under gradient accumulation, mixed precision, gradient checkpointing and `torch.compile`; gradients are masked
@@ -43,6 +45,7 @@ class SparseTrainer(Trainer):
         self,
         *args: object,
         sparsity: SparsityConfig | DseeTwoStageConfig | Ticket | StructuredTicket | None = None,
+        balance: BalanceConfig | None = None,
         **kwargs: object,
     ) -> None:
         """
@@ -52,8 +55,13 @@ class SparseTrainer(Trainer):
                 under, or a `StructuredTicket` to which the model is cut. The other arguments are those of
                 `transformers.Trainer`. Where units are cut, `trainer.model` becomes a new, smaller model; the one
                 passed stays whole.
+            balance: a load-balancing loss for a mixture of experts, see `BalanceConfig`. The loss that is logged stays
+                the task's, in training and evaluation; `balance_loss` and the experts' load are logged beside it.
         """
         super().__init__(*args, **kwargs)
+        self._load_balancer = None if balance is None else LoadBalancer(self, balance)
+        if self._load_balancer is not None:
+            self.add_callback(self._load_balancer)
         self.sparsity = sparsity
         search = SEARCHES.get(type(sparsity))
         self.search = None if search is None else search(self, sparsity)
@@ -160,6 +168,30 @@ class SparseTrainer(Trainer):
             epochs = 0 if ended else epochs
         return (epochs, *others, max_steps)
 
+    def get_batch_samples(self, *args: object, **kwargs: object) -> tuple[list, torch.Tensor | int | None]:
+        """The Trainer's; they are the micro-batches of one optimizer step."""
+        batches, count = super().get_batch_samples(*args, **kwargs)
+        if self._load_balancer is not None:
+            self._load_balancer.begin_step(batches)
+        return batches, count
+
+    def training_step(self, model: nn.Module, *args: object, **kwargs: object) -> torch.Tensor:
+        """The Trainer's, with the balance loss in its backward pass."""
+        if self._load_balancer is None:
+            return super().training_step(model, *args, **kwargs)
+        with self._load_balancer.joining(model):
+            return super().training_step(model, *args, **kwargs)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict, *args: object, **kwargs: object
+    ) -> torch.Tensor | tuple[torch.Tensor, object]:
+        """The Trainer's; in training, routers are read meanwhile."""
+        balancer = self._load_balancer
+        if balancer is None or balancer.reader is None or not model.training:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        with balancer.reading(inputs):
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
     def _train_slim(self, ticket: StructuredTicket) -> None:
         if self.model_init is not None or self.optimizer is not None:
             raise ValueError(
@@ -198,9 +230,11 @@ class SparseTrainer(Trainer):
             describe_slim(Path(output_dir or self.args.output_dir), self._structured_ticket)
 
     def log(self, logs: dict[str, float], *args: object, **kwargs: object) -> None:
-        """Add the sparsity, and the round of a search, to every record."""
+        """Add the sparsity, and the round of a search, to every record, and expert load to those of training."""
         if self._sparsity_callback is not None and self._sparsity_callback.keeper is not None:
             logs["sparsity"] = self._sparsity_callback.keeper.sparsity
         if self.search is not None:
             logs.update({name: value for name, value in self.search.log_entries().items() if name not in logs})
+        if self._load_balancer is not None and "loss" in logs:
+            logs.update(self._load_balancer.log_entries())
         super().log(logs, *args, **kwargs)
