@@ -7,11 +7,11 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from sparse_hf import __version__
-from sparse_hf.moe.plan_upcycling import COMPANIONS
+from sparse_hf.moe.plan_upcycling import COMPANIONS, told_apart
 from sparse_hf.storage.checked_json import field, read_json
 from sparse_hf.storage.durable import write_json
 from sparse_hf.storage.pieces import source_files
-from sparse_hf.storage.shard_plan import PlannedTensor, plan_digest, plan_shards
+from sparse_hf.storage.shard_plan import PlannedShard, PlannedTensor, plan_digest, plan_shards
 from sparse_hf.storage.shard_writer import JOURNAL_FILE, missing_shards, require_space, write_index, write_shards
 from sparse_hf.storage.tensor_headers import INDEX_FILE
 
@@ -45,13 +45,27 @@ def write_checkpoint(
         OSError: the disk is full, or too small (refused before the first byte).
     """
     shards = plan_shards(tensors, max_shard_bytes)
-    _check_destination(source, destination, {shard.name for shard in shards})
-    files = sorted({file for tensor in tensors for piece in tensor.pieces for file in source_files(piece)})
-    # Two fine-tunings of one model have files of equal name, size and header; in the Hub's cache a file is a link to
-    # its content's hash.
-    told_by = {file.name: file.resolve().name if file.is_symlink() else file.stat().st_mtime_ns for file in files}
+    files = {file for tensor in tensors for piece in tensor.pieces for file in source_files(piece)}
     entries = {name: value for name, value in config.items() if name != "transformers_version"}
-    digest = plan_digest(shards, {"config": entries, "sources": told_by})
+    digest = plan_digest(shards, {"config": entries, "sources": told_apart(files)})
+    if not write_weights(source, destination, shards, digest, progress):
+        return False
+    complete_folder(source, destination, config, {**description, "digest": digest})
+    return True
+
+
+def write_weights(
+    source: Path, destination: Path, shards: Sequence[PlannedShard], digest: str, progress: bool
+) -> bool:
+    """Write the planned shards and their index, or what is left of them.
+
+    Returns:
+        Whether all are there; if not, other processes still write.
+
+    Raises:
+        ValueError, FileExistsError, OSError: see `write_checkpoint`.
+    """
+    _check_destination(source, destination, {shard.name for shard in shards})
     missing = set(missing_shards(destination, shards))
     require_space(destination, sum(shard.file_bytes() for shard in shards if shard.name in missing))
     total = sum(shard.file_bytes() for shard in shards)
@@ -59,13 +73,22 @@ def write_checkpoint(
         if write_shards(destination, shards, digest, bar.update):
             return False
     write_index(destination, shards)
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, destination / name)
-    about = {**description, "digest": digest, "versions": {"sparse_hf": __version__}}
-    write_json(destination / DESCRIPTION_FILE, about)
-    write_json(destination / "config.json", dict(config))
     return True
+
+
+def complete_folder(
+    source: Path,
+    destination: Path,
+    config: Mapping[str, object],
+    description: Mapping[str, object],
+    code: Path | None = None,
+) -> None:
+    """What makes a folder with weights a model: the source's tokenizer and the like, `code`, and the config last."""
+    for file in (*(source / name for name in COMPANIONS), code):
+        if file is not None and file.is_file():
+            shutil.copyfile(file, destination / file.name)
+    write_json(destination / DESCRIPTION_FILE, {**description, "versions": {"sparse_hf": __version__}})
+    write_json(destination / "config.json", dict(config))
 
 
 def read_origin(folder: Path) -> dict[str, object]:

@@ -1,6 +1,6 @@
 """What will an upcycling write, what does it cost, and is it exact? Decided from headers alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,6 @@ from sparse_hf.moe.router_init import Router
 from sparse_hf.storage.locations import local_folder
 from sparse_hf.storage.shard_plan import PlannedShard, plan_digest, plan_shards
 from sparse_hf.storage.shard_writer import free_bytes
-from sparse_hf.storage.tensor_headers import StoredTensor
 
 
 WEIGHTS = ("*.safetensors", "model.safetensors.index.json")
@@ -146,6 +145,7 @@ def plan_upcycling(
     made = convert((folder, *others), config, pair, mixture, chosen, average)
     shards = tuple(plan_shards(made.tensors, max_shard_bytes))
     options = {name: value for name, value in made.config.to_dict().items() if name != "transformers_version"}
+    sources = [told_apart(stored.file for stored in one.values()) for one in made.sources]
     count = config.num_hidden_layers
     return UpcyclingPlan(
         source=folder,
@@ -153,7 +153,7 @@ def plan_upcycling(
         pair=pair,
         config=made.config,
         shards=shards,
-        digest=plan_digest(shards, {"config": options, "sources": [_identities(one) for one in made.sources]}),
+        digest=plan_digest(shards, {"config": options, "sources": sources}),
         mixture=mixture,
         branches=others,
         layers=len(chosen),
@@ -164,11 +164,13 @@ def plan_upcycling(
     )
 
 
-def _identities(headers: Mapping[str, StoredTensor]) -> dict[str, str | int]:
-    """What tells a source file from one of equal name, size and header: two fine-tunings of one model have those."""
-    files = {stored.file for stored in headers.values()}
+def told_apart(files: Iterable[Path]) -> list[tuple[str, str | int]]:
+    """What tells source files from others of equal name, size and header, as two fine-tunings of one model have."""
     # In the Hub's cache a file is a link to its content's hash.
-    return {file.name: file.resolve().name if file.is_symlink() else file.stat().st_mtime_ns for file in files}
+    return [
+        (file.name, file.resolve().name if file.is_symlink() else file.stat().st_mtime_ns)
+        for file in sorted(set(files))
+    ]
 
 
 def _check_numbers(

@@ -1,20 +1,16 @@
 """Turn a dense checkpoint into a mixture of experts that stock Transformers and engines load."""
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from tqdm.auto import tqdm
 
-from sparse_hf import __version__
 from sparse_hf.moe.expert_init import ExpertInit
 from sparse_hf.moe.generic_check import largest_generic_difference
 from sparse_hf.moe.layerwise_check import compare_layer_by_layer, fp32_tolerance
-from sparse_hf.moe.plan_upcycling import COMPANIONS, SHARD_BYTES, UpcyclingPlan, plan_upcycling
-from sparse_hf.storage.durable import write_json
-from sparse_hf.storage.shard_writer import missing_shards, require_space, write_index, write_shards
+from sparse_hf.moe.new_checkpoint import complete_folder, write_weights
+from sparse_hf.moe.plan_upcycling import SHARD_BYTES, UpcyclingPlan, plan_upcycling
 
 
 def upcycle(
@@ -104,16 +100,22 @@ def carry_out(
         The largest difference of the logits, as a fraction of the largest; None if they were not compared or other
         processes are not done yet.
     """
-    _check_destination(plan)
-    missing = set(missing_shards(plan.destination, plan.shards))
-    require_space(plan.destination, sum(shard.file_bytes() for shard in plan.shards if shard.name in missing))
-    with tqdm(total=plan.bytes, unit="B", unit_scale=True, desc="upcycling", disable=not progress) as bar:
-        elsewhere = write_shards(plan.destination, plan.shards, plan.digest, bar.update)
-    if elsewhere:
+    if not write_weights(plan.source, plan.destination, plan.shards, plan.digest, progress):
         return None
-    write_index(plan.destination, plan.shards)
     difference = _checked(plan, check_tokens, check_text, seed, progress) if check_tokens else None
-    _finish(plan, difference)
+    target = plan.pair.target
+    description = {
+        "kind": "upcycled_model",
+        "source_type": plan.pair.source,
+        "target_type": target.model_type,
+        "experts": getattr(plan.config, target.count),
+        "top_k": getattr(plan.config, target.top_k),
+        "init": asdict(plan.mixture.init),
+        "exact": plan.changed is None,
+        "digest": plan.digest,
+        "logits_difference": difference,
+    }
+    complete_folder(plan.source, plan.destination, plan.config.to_dict(), description, plan.code)
     return difference
 
 
@@ -135,41 +137,3 @@ def _checked(plan: UpcyclingPlan, tokens: int, text: str | None, seed: int, prog
             f"{difference:.2g}{place}. `{plan.destination}` is left without a config, so that nothing loads it."
         )
     return difference
-
-
-def _finish(plan: UpcyclingPlan, difference: float | None) -> None:
-    """What makes the folder a model, the config last."""
-    for file in (*(plan.source / name for name in COMPANIONS), plan.code):
-        if file is not None and file.is_file():
-            shutil.copyfile(file, plan.destination / file.name)
-    description = {
-        "kind": "upcycled_model",
-        "source_type": plan.pair.source,
-        "target_type": plan.pair.target.model_type,
-        "experts": getattr(plan.config, plan.pair.target.count),
-        "top_k": getattr(plan.config, plan.pair.target.top_k),
-        "init": asdict(plan.mixture.init),
-        "exact": plan.changed is None,
-        "digest": plan.digest,
-        "logits_difference": difference,
-        "versions": {"sparse_hf": __version__},
-    }
-    write_json(plan.destination / "sparse_hf.json", description)
-    write_json(plan.destination / "config.json", plan.config.to_dict())
-
-
-def _check_destination(plan: UpcyclingPlan) -> None:
-    if plan.destination.resolve() == plan.source.resolve():
-        raise ValueError(f"The destination must be another folder than the source, got `{plan.destination}`.")
-    ours = {shard.name for shard in plan.shards}
-    if (plan.destination / "config.json").exists():
-        raise FileExistsError(f"`{plan.destination}` holds a model already. Choose another folder.")
-    if plan.destination.is_dir():
-        known = ("upcycle_journal.jsonl", "model.safetensors.index.json")
-        others = sorted(
-            entry.name
-            for entry in plan.destination.iterdir()
-            if entry.name.removesuffix(".partial").removesuffix(".lock") not in {*ours, *known}
-        )
-        if others and not (plan.destination / known[0]).exists():
-            raise FileExistsError(f"`{plan.destination}` holds other files ({others[0]}). Choose a new folder.")
