@@ -86,12 +86,6 @@ def read_mixture(folder: Path) -> StoredMixture:
     return StoredMixture(folder, config, target, experts, top_k, headers, layers)
 
 
-def rows(stored: StoredTensor, first: int, count: int) -> StoredTensor:
-    """Neighbouring entries along the first axis; they lie one after the other on disk."""
-    row = stored.length // stored.shape[0]
-    return replace(stored, shape=(count, *stored.shape[1:]), offset=stored.offset + first * row, length=count * row)
-
-
 def _number(config: PreTrainedConfig, name: str) -> int:
     value = getattr(config, name, None)
     if type(value) is not int or value < 1:
@@ -148,7 +142,7 @@ def _layer(
             wholes = [_tensor(tensors, name, shape) for name in names]
         else:
             together = _tensor(tensors, template.format(layer=layer), (experts, *shape))
-            wholes = [replace(rows(together, expert, 1), shape=shape) for expert in range(experts)]
+            wholes = [replace(together.rows(expert, 1), shape=shape) for expert in range(experts)]
         for expert, whole in zip(found, wholes, strict=True):
             expert |= _split(whole, matrices)
     beside = {one: tensors[name] for one in target.zeros if (name := one.format(layer=layer)) in tensors}
@@ -177,7 +171,7 @@ def _shared(tensors: Mapping[str, StoredTensor], target: Target, layer: int) -> 
 
 def _split(whole: StoredTensor, matrices: tuple[str, ...]) -> dict[str, StoredTensor]:
     part = whole.shape[0] // len(matrices)
-    return {matrix: rows(whole, number * part, part) for number, matrix in enumerate(matrices)}
+    return {matrix: whole.rows(number * part, part) for number, matrix in enumerate(matrices)}
 
 
 def _tensor(tensors: Mapping[str, StoredTensor], name: str, shape: tuple[int, ...]) -> StoredTensor:

@@ -9,7 +9,7 @@ from sparse_hf.moe.expert_average import weighted_mean
 from sparse_hf.moe.expert_groups import Groups, most_similar, most_used
 from sparse_hf.moe.new_checkpoint import read_origin, write_checkpoint
 from sparse_hf.moe.plan_upcycling import COMPANIONS, SHARD_BYTES, WEIGHTS
-from sparse_hf.moe.read_mixture import StoredLayer, StoredMixture, read_mixture, rows
+from sparse_hf.moe.read_mixture import StoredLayer, StoredMixture, read_mixture
 from sparse_hf.moe.usage import usage_of
 from sparse_hf.storage.checked_json import read_json
 from sparse_hf.storage.locations import local_folder
@@ -165,7 +165,7 @@ def _plan(
 def _routing(mixture: StoredMixture, layer: int, kept: Sequence[int]) -> list[PlannedTensor]:
     """The router's rows of the kept experts, and their entries of what stands beside it."""
     one: StoredLayer = mixture.layers[layer]
-    pieces = tuple(_copy(rows(one.router, expert, 1)) for expert in kept)
+    pieces = tuple(_copy(one.router.rows(expert, 1)) for expert in kept)
     planned = [PlannedTensor(one.router.name, one.router.dtype, (len(kept), *one.router.shape[1:]), pieces)]
     for template, stored in one.beside.items():
         sizes = mixture.target.zeros[template]

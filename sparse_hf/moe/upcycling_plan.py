@@ -37,7 +37,7 @@ def split_rows(headers: Mapping[str, StoredTensor], pair: Pair, config: PreTrain
         before = 0
         for (part, _), share in zip(pair.splits[fused], shares, strict=True):
             whole = name.replace(fused, part)
-            found[whole] = _rows(replace(stored, name=whole), before, stored.shape[0] // sum(shares) * share)
+            found[whole] = replace(stored, name=whole).rows(before, stored.shape[0] // sum(shares) * share)
             before += found[whole].shape[0]
     return found
 
@@ -109,11 +109,6 @@ def _ffn(headers: Mapping[str, StoredTensor], layer: int) -> dict[str, StoredTen
             f"dtype, got {found}: the checkpoint is damaged or packed."
         )
     return ffn
-
-
-def _rows(stored: StoredTensor, first: int, count: int) -> StoredTensor:
-    row = stored.length // stored.shape[0]
-    return replace(stored, shape=(count, *stored.shape[1:]), offset=stored.offset + first * row, length=count * row)
 
 
 def _mean(parts: Sequence[StoredTensor]) -> Piece:

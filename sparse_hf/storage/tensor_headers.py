@@ -5,7 +5,7 @@ import json
 import math
 import os
 import reprlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 
@@ -32,6 +32,11 @@ class StoredTensor:
     file: Path
     offset: int
     length: int
+
+    def rows(self, first: int, count: int) -> "StoredTensor":
+        """Neighbouring entries along the first axis; they lie one after the other on disk."""
+        row = self.length // self.shape[0]
+        return replace(self, shape=(count, *self.shape[1:]), offset=self.offset + first * row, length=count * row)
 
 
 def read_headers(folder: Path) -> dict[str, StoredTensor]:
