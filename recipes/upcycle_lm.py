@@ -7,8 +7,7 @@
 Both are trained on the same blocks in the same order at a constant rate after warm-up, so one dense run, a little
 longer, is read at equal tokens and at equal FLOPs. Losses are of held-out blocks by domain, without the balance loss.
 Then each expert's share of the tokens is told by domain. Text files are read by line, .json and .jsonl by row; a
-domain's first blocks are held out. A training that is finished is not repeated. The balance loss is the model's own;
-Transformers pools it over layers and multiplies it by accumulation steps and processes, so leave accumulation at 1.
+domain's first blocks are held out. A training that is finished is not repeated.
 """
 
 import copy
@@ -23,14 +22,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     HfArgumentParser,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
     default_data_collator,
     set_seed,
 )
 
-from sparse_hf import ExpertInit, expert_usage, fit_routers, upcycle
+from sparse_hf import BalanceConfig, ExpertInit, SparseTrainer, expert_usage, fit_routers, upcycle
 
 
 Blocks = list[dict[str, list[int]]]
@@ -56,7 +54,7 @@ class Arguments:
     granularity: int = field(default=1, metadata={"help": "Experts that each copy is cut into."})
     target: str | None = field(default=None, metadata={"help": "Model type of the mixture; default: the family's."})
     router: str = field(default="normal", metadata={"help": "How routers begin: normal, or fitted to the domains."})
-    balance: float = field(default=0.01, metadata={"help": "Coefficient of the model's own balance loss."})
+    balance: float = field(default=0.01, metadata={"help": "Coefficient of the balance loss; 0 only measures."})
     block_size: int = field(default=256, metadata={"help": "Tokens of a block."})
     blocks: int = field(default=1000, metadata={"help": "Blocks of each domain at most."})
     held_out: int = field(default=32, metadata={"help": "Blocks of each domain to measure on."})
@@ -89,17 +87,13 @@ def batches(blocks: Blocks, model: nn.Module) -> list[dict[str, torch.Tensor]]:
 
 @torch.no_grad()
 def losses(model: nn.Module, held_out: dict[str, Blocks]) -> dict[str, float]:
-    """Mean loss per domain, without a balance loss; all blocks are equally long, so the mean of batches is right."""
-    training, wanted = model.training, model.config.to_dict().get("output_router_logits")
+    """Mean loss per domain; all blocks are equally long, so the mean of batches is right."""
+    training = model.training
     model.eval()
-    if wanted:
-        model.config.output_router_logits = False
     found = {}
     for name, blocks in held_out.items():
         one = [(float(model(**batch).loss), len(batch["input_ids"])) for batch in batches(blocks, model)]
         found[name] = sum(loss * count for loss, count in one) / sum(count for _, count in one)
-    if wanted:
-        model.config.output_router_logits = True
     model.train(training)
     return found | {"mean": sum(found.values()) / len(found)}
 
@@ -125,14 +119,18 @@ class Curve(TrainerCallback):
 
 
 def train(
-    model: nn.Module, steps: int, marks: set[int], data: Blocks, held_out: dict[str, Blocks], args
+    model: nn.Module,
+    args: TrainingArguments,
+    data: Blocks,
+    held_out: dict[str, Blocks],
+    marks: set[int],
+    balance: BalanceConfig | None = None,
 ) -> list[dict]:
     """Train and save in `args.output_dir`; the curve, from disk if it is there."""
     file = Path(args.output_dir) / "curve.json"
     if not file.is_file():
-        args.max_steps = steps
-        curve = Curve(held_out, marks)
-        trainer = Trainer(model, args, data_collator=default_data_collator, train_dataset=data, callbacks=[curve])
+        parts = {"train_dataset": data, "data_collator": default_data_collator}
+        trainer = SparseTrainer(model, args, **parts, callbacks=[curve := Curve(held_out, marks)], balance=balance)
         trainer.train()
         trainer.save_model()
         file.write_text(json.dumps(curve.points))
@@ -152,39 +150,35 @@ def main() -> None:
     data = [block for one in blocks.values() for block in one[arguments.held_out :]]
 
     if not (out / "upcycled" / "config.json").is_file():
-        samples = {name: [tokenizer.decode(block["input_ids"]) for block in one] for name, one in held_out.items()}
+        count = arguments.held_out
+        first = {name: one[count : 2 * count] for name, one in blocks.items()}  # of what is trained on
+        samples = {name: [tokenizer.decode(block["input_ids"]) for block in one] for name, one in first.items()}
         rows = fit_routers(source, samples).rows if arguments.router == "fitted" else None
         options = {"target": arguments.target, "router_rows": rows, "seed": args.seed}
         init = ExpertInit(granularity=arguments.granularity)
         print(upcycle(source, out / "upcycled", arguments.experts, arguments.top_k, init=init, **options))
 
-    def start(name: str, folder: str | Path, **changes: object) -> tuple[nn.Module, TrainingArguments]:
+    def start(name: str, folder: str | Path) -> tuple[nn.Module, TrainingArguments]:
         set_seed(args.seed)
         one = copy.copy(args)
         one.output_dir = str(out / name)
-        return AutoModelForCausalLM.from_pretrained(folder, **changes), one
+        return AutoModelForCausalLM.from_pretrained(folder), one
 
-    mixture, one = start(
-        "mixture", out / "upcycled", output_router_logits=True, router_aux_loss_coef=arguments.balance
-    )
+    (mixture, mixture_args), (dense, dense_args) = start("mixture", out / "upcycled"), start("dense", source)
     share = arguments.top_k / (arguments.experts * arguments.granularity)
-    dense, dense_args = start("dense", source)
     ratio = active_parameters(mixture, share) / active_parameters(dense, 1.0)
-    steps = args.max_steps
-    longer = round(steps * ratio)
-    marks = {
-        *range(0, steps, int(args.eval_steps)),
-        *(round(mark * ratio) for mark in range(0, steps, int(args.eval_steps))),
-    }
-    ours = train(mixture, steps, set(range(0, steps, int(args.eval_steps))), data, held_out, one)
-    theirs = train(dense, max(longer, steps), marks | {steps, longer}, data, held_out, dense_args)
+    marks = {*range(0, args.max_steps, int(args.eval_steps)), args.max_steps}
+    equal = {mark: round(mark * ratio) for mark in marks}  # dense's step when it has spent as many FLOPs
+    dense_args.max_steps = max(args.max_steps, equal[args.max_steps])
+    ours = train(mixture, mixture_args, data, held_out, marks, BalanceConfig(arguments.balance))
+    theirs = train(dense, dense_args, data, held_out, marks | {*equal.values()})
 
     print(f"\nFLOPs per token: {ratio:.2f} x dense. Mean held-out loss:\n")
     print("| step | mixture | dense, equal tokens | dense, equal FLOPs |\n| --- | --- | --- | --- |")
     at = {point["step"]: point["mean"] for point in theirs}
     for point in ours:
         step = point["step"]
-        print(f"| {step} | {point['mean']:.4f} | {at[step]:.4f} | {at[round(step * ratio)]:.4f} |")
+        print(f"| {step} | {point['mean']:.4f} | {at[step]:.4f} | {at[equal[step]]:.4f} |")
     model = AutoModelForCausalLM.from_pretrained(out / "mixture").eval()
     loads = {name: expert_usage(model, batches(one, model)).counts for name, one in held_out.items()}
     print_loads(loads)
