@@ -85,14 +85,12 @@ class UpcyclingPlan:
         target = self.pair.target
         if self.changed:
             return f"Not exact: {self.changed}. The difference of the logits is measured and told, not limited.\n"
-        balance = (
-            "`output_router_logits=True` in the config turns the model's own on"
-            if target.balance_loss
-            else f"Transformers has none for {target.model_type}: bring your own"
-        )
+        balance = "`SparseTrainer(balance=BalanceConfig())`"
+        if target.balance_loss:
+            balance += "; `output_router_logits=True` in the config turns the model's own on, which pools layers"
         return (
-            "Exact: the experts are copies, and the weights of those chosen sum to 1 for every token, so the logits "
-            "stay. For the same reason the language-model loss gives routers no gradient until experts differ: train "
+            "Exact: the experts are copies, or parts that are chosen together, and the weights of those chosen sum to "
+            "1 for every token, so the logits stay. For the same reason the language-model loss gives routers no gradient until experts differ: train "
             f"with a load-balancing loss ({balance}).\n"
         )
 
