@@ -90,7 +90,8 @@ class UpcyclingPlan:
             balance += "; `output_router_logits=True` in the config turns the model's own on, which pools layers"
         return (
             "Exact: the experts are copies, or parts that are chosen together, and the weights of those chosen sum to "
-            "1 for every token, so the logits stay. For the same reason the language-model loss gives routers no gradient until experts differ: train "
+            "1 for every token, so the logits stay. For the same reason the language-model loss gives routers no "
+            "gradient until experts differ: train "
             f"with a load-balancing loss ({balance}).\n"
         )
 
