@@ -82,7 +82,7 @@ def test_families_that_are_upcycled_to(tmp_path, target):
     assert_read(model, tiny_inputs(model))
 
 
-@pytest.mark.parametrize("variant", ["gpt2", "bert", "vit", "t5"])
+@pytest.mark.parametrize("variant", ["gpt2", "bert", "roberta", "vit", "t5"])
 def test_mixtures_of_ours(tmp_path, variant):
     model = tiny_dense(variant)
     model.save_pretrained(tmp_path / "dense")
