@@ -18,6 +18,7 @@ from sparse_hf.tickets.structured_ticket import StructuredTicket
 from sparse_hf.tickets.ticket import Ticket
 from sparse_hf.training.callback import SparsityCallback
 from sparse_hf.training.checkpoints import last_complete_checkpoint, steps_in_checkpoint
+from sparse_hf.training.converted_checkpoints import load_converted, needs_conversion
 from sparse_hf.training.dsee_two_stages import DseeTwoStages
 from sparse_hf.training.early_bird_search import EarlyBirdSearch, describe_slim
 from sparse_hf.training.load_balancer import LoadBalancer
@@ -215,9 +216,22 @@ class SparseTrainer(Trainer):
             self._sparsity_callback.keeper.mask_gradients()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._loads_plainly() and needs_conversion(model or self.model, Path(resume_from_checkpoint)):
+            load_converted(model or self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self._sparsity_callback is not None:
             self._sparsity_callback.resume_from = resume_from_checkpoint
+
+    def _load_best_model(self) -> None:
+        best = Path(self.state.best_model_checkpoint)
+        if self._loads_plainly() and needs_conversion(self.model, best):
+            load_converted(self.model, best)
+        else:
+            super()._load_best_model()
+
+    def _loads_plainly(self) -> bool:
+        return not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Masks are written with the weights, before the Trainer pushes or rotates checkpoints."""
