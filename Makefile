@@ -5,16 +5,21 @@ ARGS ?=
 # A test marked `slow` or `trl` is outside the core: see the markers in pyproject.toml.
 CORE := not slow and not trl
 
+# One process per core, up to four (each holds torch and Transformers), of one thread each: the models are tiny. Tests of
+# a file share what it builds, so files are not split.
+PYTEST := -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
+test test-oldest: export OMP_NUM_THREADS = 1
+
 .PHONY: demo test test-oldest check style clean
 
 demo: .venv/.installed
 	.venv/bin/python recipes/demo.py $(ARGS)
 
 test: .venv/.installed
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python $(PYTEST) $(ARGS)
 
 test-oldest: .venv-oldest/.installed
-	.venv-oldest/bin/python -m pytest -m "$(CORE)" $(ARGS)
+	.venv-oldest/bin/python $(PYTEST) -m "$(CORE)" $(ARGS)
 
 check: .venv/.installed
 	.venv/bin/ruff check .
