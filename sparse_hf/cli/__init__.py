@@ -2,11 +2,12 @@
 
 import typer
 
-from sparse_hf.cli import prune_command, ticket_commands, upcycle_command
+from sparse_hf.cli import experts_commands, prune_command, ticket_commands, upcycle_command
 from sparse_hf.cli.messages import short_errors
 
 
 app = typer.Typer(no_args_is_help=True, help="Sparse training for Hugging Face Transformers.", add_completion=False)
 app.add_typer(ticket_commands.app, name="ticket")
+app.add_typer(experts_commands.app, name="experts")
 app.command("prune")(short_errors(prune_command.prune_folder))
 app.command("upcycle")(short_errors(upcycle_command.upcycle_folder))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 
 console = Console()
@@ -18,7 +19,8 @@ def short_errors(command: Callable) -> Callable:
         try:
             command(*args, **kwargs)
         except (ValueError, OSError, RuntimeError) as error:
-            Console(stderr=True).print(f"[red]Error:[/red] {error}", markup=True, highlight=False, soft_wrap=True)
+            message = f"[red]Error:[/red] {escape(str(error))}"  # what is in brackets belongs to the message
+            Console(stderr=True).print(message, highlight=False, soft_wrap=True)
             raise typer.Exit(1) from error
 
     return run
