@@ -11,8 +11,8 @@ import sparse_hf
 
 
 PACKAGE = Path(sparse_hf.__file__).parent
-FLOORS = {"algorithms": 1, "anatomy": 2, "storage": 2, "tickets": 3, "dsee": 3, "moe": 3}
-FLOORS |= {"training": 4, "hub": 5, "cli": 6}
+FLOORS = {"algorithms": 1, "anatomy": 2, "storage": 2, "cards": 3, "tickets": 4, "dsee": 4, "moe": 4}
+FLOORS |= {"training": 5, "hub": 6, "cli": 7}
 TRAINING_AND_UP = {"training", "hub", "cli"}
 
 # How a used name begins -> the rooms that may use it; the longest beginning decides. What is not here is not allowed.
@@ -22,13 +22,13 @@ FRAMEWORKS = {
     "numpy": set(FLOORS),
     "safetensors": set(FLOORS) - {"algorithms"},
     "huggingface_hub": set(FLOORS) - {"algorithms"},
-    "transformers": set(FLOORS) - {"algorithms", "storage"},
+    "transformers": set(FLOORS) - {"algorithms", "storage", "cards"},
     "transformers.Train": TRAINING_AND_UP,  # Trainer, TrainerCallback, TrainingArguments ...
     "transformers.train": TRAINING_AND_UP,  # ... and the modules that define them
     "accelerate": TRAINING_AND_UP,
     "peft": {"dsee", "hub"},
     "tqdm": {"training", "moe"},
-    "matplotlib": {"hub"},
+    "matplotlib": {"cards", "hub"},
     "typer": {"cli"},
     "rich": {"cli"},
 }
@@ -93,7 +93,7 @@ def test_imports_keep_to_the_floors(path):
         ("sparse_hf.algorithms", "import transformers", "algorithms uses transformers, which is for: anatomy, cli,"),
         ("sparse_hf.algorithms", "def f():\n    from sparse_hf.anatomy import sites", "line 2: algorithms (floor 1)"),
         ("sparse_hf.storage", "from ..anatomy import sites", "imports sparse_hf.anatomy.sites (floor 2)"),
-        ("sparse_hf.tickets.draw", "from ...moe import x", "tickets (floor 3) imports sparse_hf.moe.x (floor 3)"),
+        ("sparse_hf.tickets.draw", "from ...moe import x", "tickets (floor 4) imports sparse_hf.moe.x (floor 4)"),
         ("sparse_hf.hub", "from sparse_hf import SparseTrainer", "sparse_hf.SparseTrainer (above every room)"),
         ("sparse_hf.tickets", "import transformers as tf\ntf.Trainer", "line 2: tickets uses transformers.Trainer"),
         ("sparse_hf.anatomy", "from transformers.trainer_utils import set_seed", "for: cli, hub, training"),

@@ -2,7 +2,7 @@
 
 import typer
 
-from sparse_hf.cli import experts_commands, prune_command, ticket_commands, upcycle_command
+from sparse_hf.cli import experts_commands, inspect_command, prune_command, ticket_commands, upcycle_command
 from sparse_hf.cli.messages import short_errors
 
 
@@ -11,3 +11,4 @@ app.add_typer(ticket_commands.app, name="ticket")
 app.add_typer(experts_commands.app, name="experts")
 app.command("prune")(short_errors(prune_command.prune_folder))
 app.command("upcycle")(short_errors(upcycle_command.upcycle_folder))
+app.command("inspect")(short_errors(inspect_command.inspect_folder))

@@ -1,5 +1,6 @@
 """What would be written for a dense checkpoint, and of which sources? One function for each kind of target."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -7,9 +8,12 @@ from typing import NamedTuple
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from sparse_hf.moe.expert_init import ExpertInit, cut_of
+from sparse_hf.moe.expert_init import cut_of
+from sparse_hf.moe.generic_experts import check_init
+from sparse_hf.moe.generic_families import STORED_FEED_FORWARDS
 from sparse_hf.moe.generic_plan import generic_config, generic_tensors
 from sparse_hf.moe.mixture_plan import Mixture
+from sparse_hf.moe.mixture_routers import RouterConfig
 from sparse_hf.moe.pairs import Pair, target_values
 from sparse_hf.moe.upcycling_plan import check_branches, plan_tensors, split_rows
 from sparse_hf.storage.shard_plan import PlannedTensor
@@ -51,6 +55,11 @@ def native_conversion(
     Raises:
         ValueError: a checkpoint is damaged, the branches differ, or the numbers do not fit.
     """
+    if mixture.routing is not None:
+        raise ValueError(
+            f"{pair.target.model_type} has a router of its own: `router` is for mixtures of ours "
+            f"({', '.join(STORED_FEED_FORWARDS)}), leave it out."
+        )
     headers, *more = sources = [split_rows(read_headers(one), pair, config) for one in folders]
     check_branches(headers, more)
     tensors = plan_tensors(headers, mixture, layers, more, average)
@@ -76,17 +85,28 @@ def generic_conversion(
     """To our own architecture, for families that have no mixture of experts; arguments as of `native_conversion`.
 
     Raises:
-        ValueError: a checkpoint is damaged, or what only stock targets have is asked for.
+        ValueError: a checkpoint is damaged, the branches differ, or what only stock targets have is asked for.
     """
-    if mixture.init != ExpertInit() or len(folders) > 1 or average:
-        raise ValueError(
-            f"A {config.model_type} model becomes a mixture of copies: leave `init`, `branches` and `average` out."
-        )
-    experts, top_k = mixture.experts, mixture.top_k
+    check_init(mixture.init)
+    experts, top_k, routing = mixture.experts, mixture.top_k, mixture.routing or RouterConfig()
     cut_of(mixture.init, pair.target, 1, experts, top_k)
-    headers = read_headers(folders[0])
-    tensors = generic_tensors(headers, config, layers, experts, mixture.router)
-    return Conversion([headers], tensors, generic_config(config, experts, top_k, layers), top_k)
+    made = generic_config(config, experts, top_k, layers, routing)
+    headers, *more = sources = [read_headers(one) for one in folders]
+    check_branches(headers, more)
+    for one in folders[1:]:
+        _check_alike(_architecture(config), _architecture(AutoConfig.from_pretrained(one)), one)
+    tensors = generic_tensors(headers, config, layers, mixture, more, average)
+    by_experts = routing.kind == "expert_choice" and routing.capacity_factor
+    return Conversion(sources, tensors, made, by_experts or top_k)
+
+
+def _architecture(config: PreTrainedConfig) -> dict[str, object]:
+    """The entries of a dense config that only its family has and that say what a trained model computes."""
+    own = type(config)().to_dict().keys() - PreTrainedConfig().to_dict().keys()
+    idle = re.compile("drop|initializer|summary|use_cache")
+    return {"model_type": config.model_type} | {
+        name: value for name, value in config.to_dict().items() if name in own and not idle.search(name)
+    }
 
 
 def _check_alike(ours: Mapping[str, object], theirs: Mapping[str, object], branch: Path) -> None:

@@ -81,11 +81,11 @@ def complete_folder(
     destination: Path,
     config: Mapping[str, object],
     description: Mapping[str, object],
-    code: Path | None = None,
+    code: Sequence[Path] = (),
 ) -> None:
     """What makes a folder with weights a model: the source's tokenizer and the like, `code`, and the config last."""
-    for file in (*(source / name for name in COMPANIONS), code):
-        if file is not None and file.is_file():
+    for file in (*(source / name for name in COMPANIONS), *code):
+        if file.is_file():
             shutil.copyfile(file, destination / file.name)
     write_json(destination / DESCRIPTION_FILE, {**description, "versions": {"sparse_hf": __version__}})
     write_json(destination / "config.json", dict(config))

@@ -40,9 +40,30 @@ def local_folder(
 
 
 def push_folder(
-    folder: Path, repo_id: str, private: bool | None, token: str | bool | None, commit_message: str
+    folder: Path,
+    repo_id: str,
+    private: bool | None,
+    token: str | bool | None,
+    commit_message: str,
+    leave_out: Sequence[str] = (),
 ) -> str:
-    """Create the repository if needed, upload the folder in one commit, return the commit's address."""
+    """Create the repository if needed, upload the folder in one commit, return the commit's address.
+
+    Args:
+        leave_out: patterns of paths that stay here.
+    """
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message).commit_url
+    options = {"commit_message": commit_message, "ignore_patterns": list(leave_out)}
+    return api.upload_folder(repo_id=repo_id, folder_path=folder, **options).commit_url
+
+
+def hub_source(folder: Path) -> tuple[str, str | None]:
+    """Which model at which commit a folder in the Hub's cache is a copy of: "org/name" and the commit.
+
+    A folder elsewhere is itself: its path, without a commit.
+    """
+    cached, kind = folder.parent.parent, folder.parent.name
+    if kind == "snapshots" and cached.name.startswith("models--"):
+        return cached.name.removeprefix("models--").replace("--", "/"), folder.name
+    return str(folder.absolute()), None

@@ -207,7 +207,7 @@ class Ticket:
         token: str | bool | None = None,
         commit_message: str = "Upload ticket",
     ) -> str:
-        """Upload the ticket, creating the repository if needed; returns the address of the commit."""
+        """Upload the ticket with a card, creating the repository if needed; returns the address of the commit."""
         return push_ticket(self.save_pretrained, repo_id, private, token, commit_message)
 
     def description(self) -> dict:

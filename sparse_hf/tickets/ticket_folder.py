@@ -4,9 +4,10 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from sparse_hf.cards.card import CARD_FILE, PICTURE_FILE, is_generated
+from sparse_hf.cards.publish import publish
 from sparse_hf.storage.checked_json import field, read_json
 from sparse_hf.storage.durable import write_folder
-from sparse_hf.storage.locations import push_folder
 from sparse_hf.storage.mask_file import MASKS_FILE
 
 
@@ -23,12 +24,16 @@ READERS = {
 def write_ticket_folder(folder: Path, masks_file: str, write: Callable[[Path], None]) -> None:
     """Let `write` fill a new folder, or one that replaces an older ticket with the same `masks_file` as a whole.
 
+    A card that a program wrote goes with the older ticket.
+
     Raises:
         FileExistsError: the folder holds something else than such a ticket, or is a file.
         OSError: the disk is full or not writable; an older ticket survives.
     """
     entries = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
-    strangers = sorted(entries - {masks_file, DESCRIPTION_FILE})
+    card = folder / CARD_FILE
+    written = {CARD_FILE} if card.is_file() and is_generated(card.read_text(encoding="utf-8")) else set()
+    strangers = sorted(entries - {masks_file, DESCRIPTION_FILE, PICTURE_FILE} - written)
     if strangers or (folder.exists() and not folder.is_dir()):
         found = repr(strangers[0]) if strangers else "a file"
         raise FileExistsError(f"`{folder}` must be new or hold an older ticket, found {found}. Choose another folder.")
@@ -38,11 +43,15 @@ def write_ticket_folder(folder: Path, masks_file: str, write: Callable[[Path], N
 def push_ticket(
     save: Callable[[Path], object], repo_id: str, private: bool | None, token: str | bool | None, commit_message: str
 ) -> str:
-    """Upload what `save` writes into a folder, creating the repository if needed; returns the commit's address."""
+    """Upload what `save` writes into a folder, with a card, creating the repository if needed.
+
+    Returns:
+        The commit's address.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "ticket"
         save(folder)
-        return push_folder(folder, repo_id, private, token, commit_message)
+        return publish(folder, repo_id, private, token, commit_message)
 
 
 def find_masks_file(folder: Path, masks_file: str) -> Path:

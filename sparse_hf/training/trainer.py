@@ -1,12 +1,13 @@
 """A `transformers.Trainer` that trains sparse models: only what a callback cannot do is overridden."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import HubStrategy, TrainOutput
 
 from sparse_hf.anatomy.slim import cut_units
 from sparse_hf.dsee.masking_config import DseeTwoStageConfig
@@ -23,6 +24,7 @@ from sparse_hf.training.dsee_two_stages import DseeTwoStages
 from sparse_hf.training.early_bird_search import EarlyBirdSearch, describe_slim
 from sparse_hf.training.load_balancer import LoadBalancer
 from sparse_hf.training.lottery_search import LotterySearch
+from sparse_hf.training.trainer_card import bring_from_checkpoint, complete_card
 
 
 # Methods that train more than once.
@@ -223,6 +225,12 @@ class SparseTrainer(Trainer):
         if self._sparsity_callback is not None:
             self._sparsity_callback.resume_from = resume_from_checkpoint
 
+    def save_model(self, *args: object, **kwargs: object) -> None:
+        """The Trainer's; called on all ranks, of which one writes."""
+        gathered = nullcontext() if self._sparsity_callback is None else self._sparsity_callback.gathered()
+        with gathered:
+            super().save_model(*args, **kwargs)
+
     def _load_best_model(self) -> None:
         best = Path(self.state.best_model_checkpoint)
         if self._loads_plainly() and needs_conversion(self.model, best):
@@ -252,3 +260,26 @@ class SparseTrainer(Trainer):
         if self._load_balancer is not None and "loss" in logs:
             logs.update(self._load_balancer.log_entries())
         super().log(logs, *args, **kwargs)
+
+    def create_model_card(self, *args: object, **kwargs: object) -> None:
+        """As the Trainer's; the card tells what is sparse in the output folder, and then what the Trainer's tells.
+
+        Masks are written beside it first. A model in which nothing is sparse keeps the Trainer's card.
+        """
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            if self._sparsity_callback is not None:
+                self._sparsity_callback.save_masks(Path(self.args.output_dir))
+            complete_card(self)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Masks and a card go along; the Trainer takes nothing but stock files from a checkpoint."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        running = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if running and not self.args.hub_always_push:
+            return  # as the Trainer does; and what is being uploaded must not change
+        bring_from_checkpoint(Path(checkpoint_folder), Path(self.args.output_dir))
+        super().create_model_card(model_name=Path(self.hub_model_id).name)
+        complete_card(self, Path(checkpoint_folder))
+        super()._push_from_checkpoint(checkpoint_folder)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparse_hf import plot_sparsity, prune
-from sparse_hf.hub.sparsity_picture import _cells
+from sparse_hf.cards.sparsity_picture import _cells
 from sparse_hf.tickets.ticket import Ticket
 from tiny_models import tiny_model
 
@@ -41,20 +41,24 @@ def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch
 
 def test_cells_by_hand():
     ticket = masks(**{"encoder.layer.0.up.weight": 0.5, "encoder.layer.10.up.weight": 0.2, "pooler.weight": 0.1})
-    assert _cells(ticket) == pytest.approx({(0, "up"): 0.5, (10, "up"): 0.2, (-1, "pooler"): 0.1})
+    assert _cells(ticket.sparsity_by_site()) == pytest.approx({(0, "up"): 0.5, (10, "up"): 0.2, (-1, "pooler"): 0.1})
 
 
 def test_experts_of_a_layer_share_a_cell():
     mask = torch.ones(2, 2, 5, dtype=torch.bool)
     mask[0] = False
-    assert _cells(Ticket.from_masks({"layers.1.experts.up_proj": mask})) == {(1, "experts.up_proj"): 0.5}
+    assert _cells(Ticket.from_masks({"layers.1.experts.up_proj": mask}).sparsity_by_site()) == {
+        (1, "experts.up_proj"): 0.5
+    }
 
 
 def test_encoder_and_decoder_do_not_share_a_cell():
     ticket = masks(**{"encoder.block.0.q.weight": 0.5, "decoder.block.0.q.weight": 0.2})
-    assert _cells(ticket) == pytest.approx({(0, "encoder.block q"): 0.5, (0, "decoder.block q"): 0.2})
+    assert _cells(ticket.sparsity_by_site()) == pytest.approx(
+        {(0, "encoder.block q"): 0.5, (0, "decoder.block q"): 0.2}
+    )
 
 
 def test_every_matrix_of_bert_has_its_cell():
     ticket = prune(tiny_model("bert"), 0.5)
-    assert len(_cells(ticket)) == len(ticket.bits) == 13
+    assert len(_cells(ticket.sparsity_by_site())) == len(ticket.bits) == 13

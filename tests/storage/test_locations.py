@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from sparse_hf.storage import locations
-from sparse_hf.storage.locations import local_folder, push_folder
+from sparse_hf.storage.locations import hub_source, local_folder, push_folder
 
 
 def test_a_folder_is_itself(tmp_path):
@@ -61,5 +61,12 @@ def test_push_creates_the_repository_and_uploads_one_commit(tmp_path, monkeypatc
     assert FakeHub.calls == [
         ("token", "t"),
         ("create", "x", {"private": True, "exist_ok": True}),
-        ("upload", {"repo_id": "me/x", "folder_path": tmp_path, "commit_message": "message"}),
+        ("upload", dict(repo_id="me/x", folder_path=tmp_path, commit_message="message", ignore_patterns=[])),
     ]
+
+
+def test_a_copy_in_the_hubs_cache_knows_what_it_is_a_copy_of(tmp_path):
+    commit = "0123456789" * 4
+    assert hub_source(tmp_path / "models--org--a-name" / "snapshots" / commit) == ("org/a-name", commit)
+    assert hub_source(tmp_path / "models--gpt2" / "snapshots" / commit) == ("gpt2", commit)
+    assert hub_source(tmp_path) == (str(tmp_path), None)

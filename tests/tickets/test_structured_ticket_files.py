@@ -194,11 +194,11 @@ def test_shape_bombs(tmp_path, shape):
 def test_push_to_hub_uploads_what_from_pretrained_reads(monkeypatch):
     pushed = {}
 
-    def push_folder(folder, *options):
+    def publish(folder, *options):
         pushed.update(read=StructuredTicket.from_pretrained(folder), folder=Path(folder), options=options)
         return "https://hub/commit/1"
 
-    monkeypatch.setattr(ticket_folder, "push_folder", push_folder)
+    monkeypatch.setattr(ticket_folder, "publish", publish)
     assert ticket().push_to_hub("me/t", private=True, token="s") == "https://hub/commit/1"
     assert same(pushed["read"], ticket())
     assert pushed["options"] == ("me/t", True, "s", "Upload structured ticket")

@@ -145,12 +145,12 @@ def test_missing_path_is_one_sentence(tmp_path):
 def test_push_to_hub_uploads_what_from_pretrained_reads(tmp_path, monkeypatch):
     pushed = {}
 
-    def push_folder(folder, repo_id, private, token, commit_message):
+    def publish(folder, repo_id, private, token, commit_message):
         pushed.update(read=Ticket.from_pretrained(folder), files=sorted(os.listdir(folder)), folder=Path(folder))
         pushed["options"] = (repo_id, private, token, commit_message)
         return "https://hub/commit/1"
 
-    monkeypatch.setattr(ticket_folder, "push_folder", push_folder)
+    monkeypatch.setattr(ticket_folder, "publish", publish)
     assert ticket().push_to_hub("me/t", private=True, token="s") == "https://hub/commit/1"
     assert pushed["read"].distance(ticket()) == 0
     assert pushed["files"] == [DESCRIPTION_FILE, MASKS_FILE]

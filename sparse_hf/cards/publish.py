@@ -1,0 +1,47 @@
+"""A folder goes to the Hub, with a card that says what is in it."""
+
+from pathlib import Path
+
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+
+from sparse_hf.cards.card import CARD_FILE, is_generated, write_card
+from sparse_hf.storage.locations import push_folder
+
+
+def publish(
+    folder: str | Path,
+    repo_id: str,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    commit_message: str = "Upload by sparse_hf",
+) -> str:
+    """Upload the folder of a model, ticket or adapter with a model card, and create the repository if needed.
+
+    The card is written into the folder by `write_card`. A card that a person wrote, there or in the repository, stays.
+
+    Args:
+        folder: with everything that belongs to the model; subfolders go along.
+        repo_id: such as "me/bert-sst2-60".
+        private: visibility of a new repository.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        FileNotFoundError, ValueError: see `inspect`; nothing was uploaded.
+        huggingface_hub.errors.HfHubHTTPError: the Hub refused it, or stayed out of reach after several attempts.
+    """
+    folder = Path(folder)
+    repo_id = HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
+    write_card(folder, repo_id, token=token)
+    leave_out = [CARD_FILE] if _has_a_persons_card(repo_id, token) else []
+    return push_folder(folder, repo_id, private, token, commit_message, leave_out)
+
+
+def _has_a_persons_card(repo_id: str, token: str | bool | None) -> bool:
+    try:
+        path = Path(hf_hub_download(repo_id, CARD_FILE, token=token))
+    except (EntryNotFoundError, RepositoryNotFoundError):
+        return False
+    return not is_generated(path.read_text(encoding="utf-8", errors="replace"))
