@@ -1,6 +1,7 @@
 """Which weights of a model stay at a given sparsity: one draw = score x budget."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -14,9 +15,11 @@ from sparse_hf.algorithms.budgets import (
 )
 from sparse_hf.algorithms.scores import gradient_scores, random_scores
 from sparse_hf.algorithms.selection import keep_largest
+from sparse_hf.algorithms.sharded_tensors import local_part
 from sparse_hf.anatomy.sites import Site
 from sparse_hf.tickets.config_checks import check_choice
 from sparse_hf.tickets.configs import Budget, Score
+from sparse_hf.tickets.site_pieces import SitePieces, pieces_of
 
 
 logger = logging.getLogger(__name__)
@@ -42,15 +45,16 @@ def draw_masks(
 
     Args:
         sites: the matrices to prune.
-        parameters: the parameters that store them, by canonical name.
+        parameters: the parameters that store them, by canonical name; FSDP2's shards too.
         sparsity: fraction of zeros over all sites together, in [0, 1).
-        previous: earlier masks; what they pruned stays pruned (nested masks).
+        previous: earlier masks, such as this function returned; what they pruned stays pruned (nested masks).
         gradients: loss gradients by parameter name, for score="gradient".
         generator: for score="random".
         min_kept_per_site: no matrix is left with fewer weights; 0 allows empty matrices.
 
     Returns:
-        Bool masks (True = kept) of the parameters' shapes, by canonical parameter name.
+        Bool masks (True = kept) of the parameters' shapes, by canonical parameter name; of sharded parameters, this
+        rank's parts of the masks that one process would draw. All ranks call it together then.
 
     Raises:
         ValueError: unknown score or budget, NaN or infinite scores, a missing gradient, or more zeros asked for than
@@ -58,35 +62,59 @@ def draw_masks(
     """
     check_choice("score", score, Score)
     check_choice("budget", budget, Budget)
-    weights = [site.part(parameters[site.parameter].detach()) for site in sites]
-    scores = _scores(sites, weights, score, gradients, generator)
-    candidates = None if previous is None else [site.part(previous[site.parameter]) for site in sites]
-    keep = num_kept(sum(weight.numel() for weight in weights), sparsity)
-    names = [site.name for site in sites]
+    held = pieces_of(sites, parameters)
+    scores = _scores(held, parameters, score, gradients, generator)
+    candidates = None if previous is None else held.take(previous)
+    keep = num_kept(sum(held.layout.numels), sparsity)
     options = {"min_per_tensor": min_kept_per_site, "absolute": score == "magnitude"}
     if budget == "global":
-        kept = keep_largest(scores, keep, candidates=candidates, names=names, **options)
+        names = [site.name for site in sites]
+        kept = keep_largest(scores, keep, candidates=candidates, names=names, shards=held.layout, **options)
     else:
-        capacities = [int(part.sum()) for part in candidates] if candidates else [weight.numel() for weight in weights]
-        counts = _counts([site.shape for site in sites], keep, capacities, budget)
-        kept = [
-            keep_largest(
-                [scores[i]],
-                count,
-                candidates=None if candidates is None else [candidates[i]],
-                names=[names[i]],
-                **options,
-            )[0]
-            for i, count in enumerate(counts)
-        ]
-    _warn_of_collapse(names, kept)
-    return join_sites(sites, kept, parameters)
+        capacities = _totals(held, candidates) if candidates is not None else held.layout.numels
+        counts = _counts([site.shape for site in sites], keep, list(capacities), budget)
+        kept = _keep_by_site(held, scores, counts, candidates, options)
+    _warn_of_collapse(held, kept)
+    return _join(held, kept, parameters)
 
 
-def _warn_of_collapse(names: Sequence[str], kept: Sequence[Tensor]) -> None:
+def _keep_by_site(
+    held: SitePieces,
+    scores: Sequence[Tensor],
+    counts: Sequence[int],
+    candidates: Sequence[Tensor] | None,
+    options: Mapping[str, object],
+) -> list[Tensor]:
+    kept: list[Tensor | None] = [None] * len(scores)
+    for position, count in enumerate(counts):
+        numbers, layout = held.of_site(position)
+        masks = keep_largest(
+            [scores[number] for number in numbers],
+            count,
+            candidates=None if candidates is None else [candidates[number] for number in numbers],
+            names=[held.sites[position].name],
+            shards=layout,
+            **options,
+        )
+        for number, mask in zip(numbers, masks, strict=True):
+            kept[number] = mask
+    return kept
+
+
+def _totals(held: SitePieces, masks: Sequence[Tensor]) -> list[int]:
+    """How many entries are True in each whole site."""
+    counts = [0] * len(held.sites)
+    for piece, mask in zip(held.pieces, masks, strict=True):
+        counts[piece.position] += int(mask.sum())
+    return held.layout.all_reduce_sum(torch.tensor(counts, dtype=torch.int64)).tolist()
+
+
+def _warn_of_collapse(held: SitePieces, kept: Sequence[Tensor]) -> None:
     """One threshold for all empties matrices whose weights are small by scale; what needs them then cannot learn."""
-    density = sum(int(mask.sum()) for mask in kept) / sum(mask.numel() for mask in kept)
-    densities = {name: int(mask.sum()) / mask.numel() for name, mask in zip(names, kept, strict=True)}
+    counts, numels = _totals(held, kept), held.layout.numels
+    density = sum(counts) / sum(numels)
+    found = zip(held.sites, counts, numels, strict=True)
+    densities = {site.name: count / numel for site, count, numel in found}
     collapsed = [name for name, one in densities.items() if one < COLLAPSED * density]
     if collapsed:
         logger.warning(
@@ -100,27 +128,36 @@ def _warn_of_collapse(names: Sequence[str], kept: Sequence[Tensor]) -> None:
 
 
 def _scores(
-    sites: Sequence[Site],
-    weights: Sequence[Tensor],
+    held: SitePieces,
+    parameters: Mapping[str, Tensor],
     score: Score,
     gradients: Mapping[str, Tensor] | None,
     generator: torch.Generator | None,
 ) -> list[Tensor]:
+    weights = held.take(parameters)
     if score == "magnitude":
-        return list(weights)  # ranked by absolute value without a copy
+        return weights  # ranked by absolute value without a copy
     if score == "random":
-        if generator is None:
-            raise ValueError("score='random' needs a `generator`, got None. Seed one with `torch.Generator()`.")
-        return [random_scores(weight, generator) for weight in weights]
-    for site in sites:
+        return _random_scores(held, weights, generator)
+    for site in held.sites:
         if site.parameter not in (gradients or {}):
             raise ValueError(
                 f"score='gradient' needs gradients, `{site.parameter}` has none. Run a backward pass first."
             )
-    return [
-        gradient_scores(weight, site.part(gradients[site.parameter]))
-        for site, weight in zip(sites, weights, strict=True)
-    ]
+    return [gradient_scores(*both) for both in zip(weights, held.take(gradients), strict=True)]
+
+
+def _random_scores(held: SitePieces, weights: Sequence[Tensor], generator: torch.Generator | None) -> list[Tensor]:
+    """Of every site the numbers that one process would draw, of which this rank keeps its own."""
+    if generator is None:
+        raise ValueError("score='random' needs a `generator`, got None. Seed one with `torch.Generator()`.")
+    scores: list[Tensor | None] = [None] * len(weights)
+    for position, site in enumerate(held.sites):
+        drawn = random_scores(torch.empty(math.prod(site.shape)), generator)
+        for number in held.of_site(position)[0]:
+            weight, start = weights[number], held.pieces[number].start
+            scores[number] = drawn[start : start + weight.numel()].view(weight.shape).to(weight.device)
+    return scores
 
 
 def _counts(shapes: list[tuple[int, int]], keep: int, capacities: list[int], budget: Budget) -> list[int]:
@@ -128,6 +165,21 @@ def _counts(shapes: list[tuple[int, int]], keep: int, capacities: list[int], bud
         return uniform_budget([rows * columns for rows, columns in shapes], keep, capacities)
     counter = {"erdos_renyi": erdos_renyi_budget, "erdos_renyi_kernel": erdos_renyi_kernel_budget}[budget]
     return counter(shapes, keep, capacities)
+
+
+def _join(held: SitePieces, kept: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Masks of this rank's parts of the parameters."""
+    masks: dict[str, Tensor] = {}
+    for site in held.sites:
+        local = local_part(parameters[site.parameter])
+        # Experts that are no site (excluded by a pattern) stay dense.
+        masks.setdefault(site.parameter, torch.ones(local.shape, dtype=torch.bool, device=local.device))
+    for piece, mask in zip(held.pieces, kept, strict=True):
+        if piece.expert is None:
+            masks[piece.parameter] = mask
+        else:
+            masks[piece.parameter][piece.expert].copy_(mask)
+    return masks
 
 
 def join_sites(sites: Sequence[Site], kept: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

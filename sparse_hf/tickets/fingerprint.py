@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sparse_hf.algorithms.bits import unpack_bits
 from sparse_hf.algorithms.masking import sign_extended, zero_pruned_
+from sparse_hf.algorithms.sharded_tensors import local_part, whole_of
 from sparse_hf.tickets.fit import may_be_missing
 
 
@@ -19,14 +20,16 @@ def base_fingerprint(parameters: Mapping[str, Tensor], bits: Mapping[str, Tensor
     loaded in bfloat16 equal to its float32 original.
 
     Args:
-        parameters: the base model's parameters by canonical name, at least those of the ticket.
+        parameters: the base model's parameters by canonical name, at least those of the ticket. If they are sharded,
+            all ranks call this together, and one whole matrix at a time is in memory.
         bits: packed masks by canonical name.
     """
     digest = hashlib.sha256()
     for name in sorted(bits):
         if may_be_missing(name):
             continue  # else the same base would have another fingerprint under a head that leaves it out
-        rounded = parameters[name].detach().to(device="cpu", dtype=torch.bfloat16, copy=True).contiguous()
+        whole = whole_of(local_part(parameters[name]), parameters[name])
+        rounded = whole.to(device="cpu", dtype=torch.bfloat16, copy=True).contiguous()
         mask = unpack_bits(bits[name], tuple(rounded.shape))
         zero_pruned_(rounded, sign_extended(mask))
         digest.update(f"{name}{list(rounded.shape)}".encode())

@@ -6,6 +6,8 @@ has not risen yet; `on_save` comes after the files were written.
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sparse_hf.algorithms.schedules import cubic_sparsity
+from sparse_hf.algorithms.sharded_tensors import local_part
 from sparse_hf.anatomy.canonical_names import named_canonical_parameters
 from sparse_hf.storage.durable import write_json
 from sparse_hf.storage.mask_file import MASKS_FILE, save_bits
@@ -23,7 +26,7 @@ from sparse_hf.tickets.configs import GradualPruningConfig, LotteryTicketConfig,
 from sparse_hf.tickets.early_bird_config import EarlyBirdConfig
 from sparse_hf.tickets.origin import TicketOrigin, origin_of
 from sparse_hf.tickets.ticket import DESCRIPTION_FILE, Ticket
-from sparse_hf.training.first_masks import draw_at, masks_of_ticket, static_masks
+from sparse_hf.training.first_masks import draw_at, masks_of_ticket, parts_of, static_masks
 from sparse_hf.training.mask_keeper import MaskKeeper
 
 
@@ -61,18 +64,21 @@ class SparsityCallback(TrainerCallback):
         self.resume_from = resume_from
         self.keeper: MaskKeeper | None = None
         self._last: Ticket | None = None
+        self._gathered: Ticket | None = None  # of all ranks, while one of them saves
         self._saved_in: Path | None = None
         self._origin = TicketOrigin()
 
     @property
     def ticket(self) -> Ticket:
-        """The current masks as a ticket.
+        """The current masks as a ticket. Where parameters are sharded, all ranks ask for it together.
 
         Raises:
             RuntimeError: no training has begun yet.
         """
+        if self._gathered is not None:
+            return self._gathered
         if self.keeper is not None:
-            return Ticket.from_masks(self.keeper.masks(), self._origin)
+            return Ticket.from_masks(dict(self.keeper.whole_masks()), self._origin)
         if self._last is None:
             raise RuntimeError("There is no ticket yet: masks are drawn when training begins. Call `train()` first.")
         return self._last
@@ -122,6 +128,10 @@ class SparsityCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Put the masks beside the checkpoint, unless `SparseTrainer` wrote them with it."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        with self.gathered():
+            self._save_beside(folder, state)
+
+    def _save_beside(self, folder: Path, state: TrainerState) -> None:
         # A mask file may lie there from an earlier run in the same folder, so its presence says nothing.
         if state.is_world_process_zero and folder.is_dir() and folder != self._saved_in:
             self.save_masks(folder)
@@ -131,15 +141,26 @@ class SparsityCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
+        model: nn.Module,
         **kwargs: object,
     ) -> None:
         """Take the best checkpoint's masks if its weights were loaded, then let go of the optimizer."""
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and best is not None and (Path(best) / MASKS_FILE).is_file():
-            self.keeper.set_masks(Ticket.from_pretrained(best).masks())
+            self.keeper.set_masks(parts_of(Ticket.from_pretrained(best).masks(), model))
         self._last = self.ticket
         self.keeper.detach()
         self.keeper = None
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Inside, one rank can read `ticket` by itself; all ranks enter together. Nothing where nothing is sharded."""
+        if self.keeper is not None and self.keeper.is_sharded:
+            self._gathered = self.ticket
+        try:
+            yield
+        finally:
+            self._gathered = None
 
     def save_masks(self, folder: Path) -> None:
         """Write `sparse_masks.safetensors` and `sparse_hf.json` into an existing model folder, each durably.
@@ -191,7 +212,8 @@ class SparsityCallback(TrainerCallback):
             )
         masks = masks_of_ticket(Ticket.from_pretrained(folder), model, check_base=False)
         for name, parameter in named_canonical_parameters(model).items():
-            if name in masks and bool((parameter.detach() != 0).logical_and_(~masks[name].to(parameter.device)).any()):
+            local = local_part(parameter)
+            if name in masks and bool((local != 0).logical_and_(~masks[name].to(local.device)).any()):
                 raise ValueError(
                     f"The masks in `{folder}` are not those of the weights the run resumes with (`{name}` differs). "
                     "Pass `SparsityCallback(..., resume_from=<the checkpoint>)`."

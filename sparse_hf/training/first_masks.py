@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from sparse_hf.algorithms.sharded_tensors import part_of
 from sparse_hf.anatomy.canonical_names import named_canonical_parameters
 from sparse_hf.anatomy.sites import Site, find_sites
 from sparse_hf.tickets.configs import GradualPruningConfig, StaticSparsityConfig
@@ -15,8 +16,14 @@ from sparse_hf.training.gradients import mean_gradients
 
 
 def masks_of_ticket(ticket: Ticket, model: nn.Module, check_base: bool) -> dict[str, Tensor]:
-    """The ticket's masks, after names, shapes and base weights were found to fit."""
-    return ticket.masks_for(model, check_base)
+    """The ticket's masks, of sharded parameters this rank's parts, after names, shapes and base were found to fit."""
+    return parts_of(ticket.masks_for(model, check_base), model)
+
+
+def parts_of(masks: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """What of whole masks lies where this rank's parts of the model's parameters lie."""
+    parameters = named_canonical_parameters(model)
+    return {name: part_of(mask, parameters[name]) for name, mask in masks.items()}
 
 
 def draw_at(

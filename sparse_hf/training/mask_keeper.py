@@ -8,6 +8,8 @@ schedulers, and it knows tensors by the parameter objects that this optimizer st
 2. weights are masked right after the update, whatever the update rule did;
 3. optimizer moments are masked when masks change. With masked gradients they then stay zero by themselves in every
    rule that is elementwise; the keeper looks once after each change, and masks them after every step if they do not.
+
+Of sharded parameters (FSDP2) every rank keeps its own part, by masks of that part; a step communicates nothing.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,6 +19,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from sparse_hf.algorithms.masking import sign_extended, zero_pruned_
+from sparse_hf.algorithms.sharded_tensors import is_sharded, local_part, sum_over_ranks, whole_of
 
 
 class MaskKeeper:
@@ -30,15 +33,18 @@ class MaskKeeper:
         Args:
             optimizer: any torch optimizer, also wrapped by accelerate.
             parameters: the model's parameters by canonical name.
-            masks: bool masks (True = kept) by canonical name; held as one byte per weight.
+            masks: bool masks (True = kept) by canonical name, of sharded parameters this rank's parts; held as one
+                byte per weight.
 
         Raises:
-            ValueError: a masked parameter that requires gradients is not stepped by this optimizer, or is sharded.
+            ValueError: a masked parameter that requires gradients is not stepped by this optimizer, or is sharded in
+                a way that is not known.
         """
         while isinstance(optimizer, AcceleratedOptimizer):
             optimizer = optimizer.optimizer
         self._optimizer = optimizer
         self._parameters = {name: parameters[name] for name in masks}
+        self._add = sum_over_ranks(self._parameters.values())
         _check_owned(self._parameters, optimizer)
         self._bits: dict[str, Tensor] = {}
         self._gradients_masked = False
@@ -53,8 +59,7 @@ class MaskKeeper:
     def set_masks(self, masks: Mapping[str, Tensor]) -> None:
         """Replace the masks; weights, gradients and moments of pruned positions become zero at once."""
         self._bits = {name: sign_extended(mask.to(self._parameters[name].device)) for name, mask in masks.items()}
-        kept = sum(int(mask.sum()) for mask in masks.values())
-        self._sparsity = 1 - kept / sum(mask.numel() for mask in masks.values())
+        self._sparsity = 1 - self._total_kept(masks) / sum(one.numel() for one in self._parameters.values())
         self._steps_since_change = 0
         self.mask_weights()
         self._mask_moments()
@@ -66,21 +71,31 @@ class MaskKeeper:
         """Fraction of the masked parameters' weights that are pruned."""
         return self._sparsity
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether ranks hold parts of the masks."""
+        return any(is_sharded(parameter) for parameter in self._parameters.values())
+
     def masks(self) -> dict[str, Tensor]:
-        """The bool masks, True = kept, by canonical name; a copy."""
+        """The bool masks, True = kept, by canonical name; a copy. Of sharded parameters this rank's parts."""
         return {name: bits != 0 for name, bits in self._bits.items()}
+
+    def whole_masks(self) -> Iterator[tuple[str, Tensor]]:
+        """Each bool mask whole, one after the other, with its canonical name; all ranks ask together if sharded."""
+        for name, bits in self._bits.items():
+            yield name, whole_of(bits != 0, self._parameters[name])
 
     def mask_weights(self) -> None:
         """Zero the pruned weights."""
         for name, bits in self._bits.items():
-            zero_pruned_(self._parameters[name].data, bits)
+            zero_pruned_(local_part(self._parameters[name]), bits)
 
     def mask_gradients(self) -> None:
         """Zero the gradients of pruned weights: call it before the clip norm is taken, once per optimizer step."""
         for name, bits in self._bits.items():
             gradient = self._parameters[name].grad
             if gradient is not None:
-                zero_pruned_(gradient, bits)
+                zero_pruned_(local_part(gradient), bits)
         self._gradients_masked = True
 
     def detach(self) -> None:
@@ -110,13 +125,23 @@ class MaskKeeper:
 
     @torch.no_grad()
     def _has_pruned_moments(self) -> bool:
-        return any(bool((moment[bits == 0] != 0).any()) for moment, bits in self._moments())
+        found = any(bool((moment[bits == 0] != 0).any()) for moment, bits in self._moments())
+        return bool(self._add(torch.tensor([int(found)])))  # ranks do the same
 
     def _moments(self) -> Iterator[tuple[Tensor, Tensor]]:
         for name, bits in self._bits.items():
-            for value in self._optimizer.state.get(self._parameters[name], {}).values():
-                if isinstance(value, Tensor) and value.shape == bits.shape and value.is_floating_point():
-                    yield value, bits
+            parameter = self._parameters[name]
+            for value in self._optimizer.state.get(parameter, {}).values():
+                if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
+                    yield local_part(value), bits
+
+    def _total_kept(self, masks: Mapping[str, Tensor]) -> int:
+        """Over all ranks, what each of them holds whole once."""
+        here, whole = 0, 0
+        for name, mask in masks.items():
+            kept = int(mask.sum())
+            here, whole = (here + kept, whole) if is_sharded(self._parameters[name]) else (here, whole + kept)
+        return whole + int(self._add(torch.tensor([here])))
 
 
 def _check_owned(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
@@ -125,11 +150,11 @@ def _check_owned(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.
         if parameter.requires_grad and id(parameter) not in stepped:
             raise ValueError(
                 f"Every masked weight must be stepped by the optimizer as it is, but {type(optimizer).__name__} does "
-                f"not hold `{name}`. Sharded training (FSDP, DeepSpeed ZeRO) is not supported yet: use one process "
-                "or DDP."
+                f"not hold `{name}`. DeepSpeed ZeRO and FSDP's first version are not supported yet: use one process, "
+                "DDP or FSDP2."
             )
-        if type(parameter.data) is not Tensor:
+        if type(local_part(parameter)) is not Tensor:
             raise ValueError(
-                f"Masked weights must be plain tensors, got a {type(parameter.data).__name__} for `{name}`. Sharded "
-                "or quantised weights are not supported yet: use one process or DDP, unquantised."
+                f"Masked weights must be plain tensors, got a {type(parameter.data).__name__} for `{name}`. Quantised "
+                "weights are not supported yet: train unquantised."
             )

@@ -19,9 +19,14 @@ def check_before_search(trainer: "SparseTrainer", config: LotteryTicketConfig) -
     """The sites to prune, after everything that can be checked without training was.
 
     Raises:
-        ValueError: no sites; a sparsity that leaves no weight; a round longer than the training; a rewinding step
+        ValueError: sharded training; no sites; a sparsity that leaves no weight; a round longer than the training; a rewinding step
             outside the dense round; checkpoints that stop a round before its end.
     """
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        raise ValueError(
+            "A search cannot rewind sharded parameters yet, got DeepSpeed or FSDP. Search on one process or under "
+            "DDP; the ticket trains under FSDP2."
+        )
     sites = find_sites(trainer.model, config.include, config.exclude)
     weights = sum(rows * columns for rows, columns in (site.shape for site in sites))
     if num_kept(weights, config.sparsity) < len(sites):

@@ -1,0 +1,87 @@
+"""Which weights of each site does this rank hold? All of them, unless parameters are sharded."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sparse_hf.algorithms.shard_layout import ShardLayout
+from sparse_hf.algorithms.sharded_tensors import first_row, is_sharded, local_part, sum_over_ranks
+from sparse_hf.anatomy.sites import Site
+
+
+@dataclass(frozen=True)
+class SitePiece:
+    """Neighbouring weights of one site that this rank holds.
+
+    Attributes:
+        position: of the site in the list of sites.
+        parameter: canonical name of the parameter that stores it.
+        start: flat index of the piece's first weight in the whole site.
+        expert: which entry of this rank's part of the parameter it is; None for all of that part.
+    """
+
+    position: int
+    parameter: str
+    start: int
+    expert: int | None
+
+    def part(self, local: Tensor) -> Tensor:
+        """The piece in a tensor shaped like this rank's part of the parameter: a view."""
+        return local if self.expert is None else local[self.expert]
+
+
+@dataclass(frozen=True)
+class SitePieces:
+    """The pieces of all sites that this rank holds, with the layout of the whole."""
+
+    sites: Sequence[Site]
+    pieces: tuple[SitePiece, ...]
+    layout: ShardLayout
+
+    def of_site(self, position: int) -> tuple[list[int], ShardLayout]:
+        """The numbers of one site's pieces, and the layout of this site alone."""
+        numbers = [number for number, piece in enumerate(self.pieces) if piece.position == position]
+        starts = tuple(self.pieces[number].start for number in numbers)
+        numel = self.layout.numels[position]
+        return numbers, ShardLayout((numel,), (0,) * len(numbers), starts, self.layout.all_reduce_sum)
+
+    def take(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        """Each piece in parameters, gradients or masks: sharded ones, or this rank's parts."""
+        return [piece.part(local_part(tensors[piece.parameter])) for piece in self.pieces]
+
+
+def pieces_of(sites: Sequence[Site], parameters: Mapping[str, Tensor]) -> SitePieces:
+    """The pieces of `sites` in `parameters`, which map canonical names to tensors, sharded or not.
+
+    Raises:
+        ValueError: a parameter is sharded in a way that is not known, or shaped otherwise than its site says.
+    """
+    found = []
+    for position, site in enumerate(sites):
+        parameter = parameters[site.parameter]
+        if not is_sharded(parameter):
+            site.part(parameter.detach())  # its shape is checked
+        piece = _piece(position, site, parameter)
+        if piece is not None:
+            found.append(piece)
+    stored = {site.parameter: parameters[site.parameter] for site in sites}
+    layout = ShardLayout(
+        numels=tuple(math.prod(site.shape) for site in sites),
+        tensors=tuple(piece.position for piece in found),
+        starts=tuple(piece.start for piece in found),
+        all_reduce_sum=sum_over_ranks(stored.values()),
+    )
+    return SitePieces(sites, tuple(found), layout)
+
+
+def _piece(position: int, site: Site, parameter: Tensor) -> SitePiece | None:
+    """None if this rank holds nothing of the site."""
+    first, rows = first_row(parameter), local_part(parameter).shape[0]
+    if site.expert is None:
+        start = first * math.prod(parameter.shape[1:])
+        return SitePiece(position, site.parameter, start, None) if rows else None
+    if first <= site.expert < first + rows:
+        return SitePiece(position, site.parameter, 0, site.expert - first)
+    return None

@@ -1,0 +1,49 @@
+"""Runs a function of a test module in two processes that train together over gloo."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sparse_hf
+import training
+
+
+# Importing takes longer than tiny trainings, so it is done once, in front of the fork.
+SCRIPT = """
+import importlib, os, sys
+module, function, folder = sys.argv[1:]
+run = getattr(importlib.import_module(module), function)
+children = []
+for rank in (0, 1):
+    children.append(os.fork())
+    if children[-1] == 0:
+        os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
+        run(folder)
+        sys.exit()
+sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
+"""
+
+
+def run_two(module: str, function: str, folder: Path, **environment: str) -> None:
+    """Call `module.function(folder)` in two processes at once; what either prints is shown if one fails."""
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        pytest.skip("torch has no gloo here")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    paths = [Path(sparse_hf.__file__).parents[1], Path(next(iter(training.__path__))).parent]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    shared |= {"PYTHONPATH": os.pathsep.join(map(str, paths)), **environment}
+    ended = subprocess.run(
+        [sys.executable, "-c", SCRIPT, module, function, str(folder)],
+        env={**os.environ, **shared},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=300,
+    )
+    assert ended.returncode == 0, ended.stdout.decode()[-6000:]
