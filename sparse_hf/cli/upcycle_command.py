@@ -34,6 +34,15 @@ def upcycle_folder(
     ] = None,
     average: Annotated[bool, typer.Option("--average", help="Average what else the branches hold.")] = False,
     router_std: Annotated[float, typer.Option(help="Standard deviation of the routers' start; 0 for zeros.")] = 0.02,
+    router: Annotated[
+        str | None, typer.Option(help="top_k, cosine, expert_choice or hash; for GPT-2, BERT, RoBERTa, ViT and T5.")
+    ] = None,
+    router_bias: Annotated[
+        bool, typer.Option("--router-bias", help="Routers have a bias of the choice, for balancing without a loss.")
+    ] = False,
+    capacity_factor: Annotated[
+        float | None, typer.Option(help="What an expert takes, in even shares of the tokens.")
+    ] = None,
     router_samples: Annotated[
         Path | None, typer.Option(help="JSON of texts by domain, to fit the routers to; holds the dense model.")
     ] = None,
@@ -43,9 +52,11 @@ def upcycle_folder(
 ) -> None:
     """Write a native mixture of experts made of a dense checkpoint, by default of copies; a killed run goes on."""
     from sparse_hf.moe.expert_init import ExpertInit
+    from sparse_hf.moe.mixture_routers import RouterConfig
     from sparse_hf.moe.plan_upcycling import plan_upcycling
     from sparse_hf.moe.upcycle import carry_out
 
+    own_router = router is not None or router_bias or capacity_factor is not None
     plan = plan_upcycling(
         source,
         destination,
@@ -59,6 +70,7 @@ def upcycle_folder(
         branches=branch or (),
         average=average,
         router_rows=None if router_samples is None else fitted_rows(source, router_samples),
+        router=RouterConfig(router or "top_k", router_bias, capacity_factor) if own_router else None,
     )
     console.print(str(plan), markup=False, soft_wrap=True)
     if plan_only:

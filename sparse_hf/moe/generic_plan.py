@@ -5,31 +5,41 @@ the names on disk are the modules'.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from sparse_hf.moe import modeling_mixture
+from sparse_hf.moe import mixture_block, mixture_routers, modeling_mixture
+from sparse_hf.moe.generic_experts import check_init, expert_tensors, stored_ffn
 from sparse_hf.moe.generic_families import STORED_FEED_FORWARDS, StoredFeedForward
-from sparse_hf.moe.modeling_mixture import mixture_config_class, mixture_model_class, stock_models
+from sparse_hf.moe.generic_routers import router_tensors
+from sparse_hf.moe.mixture_plan import Mixture
+from sparse_hf.moe.mixture_routers import RouterConfig
+from sparse_hf.moe.modeling_mixture import (
+    mixture_config_class,
+    mixture_model_class,
+    router_of_mixture,
+    stock_models,
+)
 from sparse_hf.moe.pairs import Pair
-from sparse_hf.moe.router_init import Router, router_tensor
 from sparse_hf.moe.targets import Target
-from sparse_hf.storage.pieces import NUMBER_BYTES, CopyBytes, FillZeros
+from sparse_hf.moe.upcycling_plan import mean_of
 from sparse_hf.storage.shard_plan import PlannedTensor
 from sparse_hf.storage.tensor_headers import StoredTensor
 
 
-CODE = Path(modeling_mixture.__file__)  # to be copied beside the weights
+# To be copied beside the weights; the first defines the models.
+CODE = tuple(Path(one.__file__) for one in (modeling_mixture, mixture_block, mixture_routers))
 
 
 def generic_tensors(
     headers: Mapping[str, StoredTensor],
     config: PreTrainedConfig,
     layers: frozenset[int],
-    experts: int,
-    router: Router,
+    mixture: Mixture,
+    branches: Sequence[Mapping[str, StoredTensor]] = (),
+    average: bool = False,
 ) -> list[PlannedTensor]:
     """Every tensor of the mixture, in the order of the source: FFNs become mixtures, everything else is copied.
 
@@ -39,13 +49,15 @@ def generic_tensors(
         headers: tensors of the dense checkpoint, a base model's or one with a head.
         config: of the dense model.
         layers: which layers become mixtures.
-        experts: of every mixture.
+        branches: tensors of models like the source, whose FFNs become the experts in turn, instead of the source's.
+        average: whether everything else is the branches' mean, instead of the source's.
 
     Raises:
         ValueError: the checkpoint does not hold what its architecture needs, or holds something unknown in an FFN, or
             a decoder beside T5's encoder; see also `check_source`.
     """
     check_source(config)
+    check_init(mixture.init)
     table = _table_of(headers, config.model_type)
     parts = _parts_pattern(table)
     found = [match for match in map(parts.fullmatch, headers) if match]
@@ -57,7 +69,8 @@ def generic_tensors(
             "another model."
         )
     where = f"{prefixes.pop()}{table.layers}"
-    ffns = {layer: _ffn(headers, table, f"{where}.{layer}") for layer in sorted(layers)}
+    models = (headers, *branches)
+    ffns = {layer: [stored_ffn(one, table, f"{where}.{layer}") for one in models] for layer in sorted(layers)}
     planned, done = [], set()
     for name, stored in headers.items():
         match = parts.fullmatch(name)
@@ -65,26 +78,30 @@ def generic_tensors(
         if name.endswith(table.buffers):  # of an empty tuple: never
             continue
         if layer not in layers:
-            planned.append(_copied(name, stored.shape, [stored]))
+            alike = [one[name] for one in branches] if average else [stored]
+            planned.append(PlannedTensor(name, stored.dtype, stored.shape, (mean_of(alike),)))
             continue
-        if name not in {one.name for one in ffns[layer].values()}:
+        if name not in {one.name for one in ffns[layer][0].values()}:
             raise ValueError(
                 f"An FFN must consist of {', '.join((*table.up, table.down))}, but the checkpoint holds `{name}`: "
                 "merge adapters and dequantise first."
             )
         if layer not in done:
             done.add(layer)
-            planned += _mixture(ffns[layer], table, where, layer, experts, router)
+            planned += router_tensors(f"{where}.{layer}.{table.block}.router", layer, mixture, config)
+            planned += expert_tensors(ffns[layer], table, where, layer, mixture)
     return planned
 
 
-def generic_config(config: PreTrainedConfig, experts: int, top_k: int, layers: frozenset[int]) -> PreTrainedConfig:
+def generic_config(
+    config: PreTrainedConfig, experts: int, top_k: int, layers: frozenset[int], routing: RouterConfig | None = None
+) -> PreTrainedConfig:
     """The config of the mixture: the dense one's entries, and what `modeling_mixture` needs.
 
     `auto_map` names the classes in a copy of `CODE`, which belongs beside it for `trust_remote_code=True`.
 
     Raises:
-        ValueError: see `check_source`.
+        ValueError: see `check_source`; or a model of this family cannot be routed like that.
     """
     check_source(config)
     model_type = config.model_type
@@ -93,21 +110,25 @@ def generic_config(config: PreTrainedConfig, experts: int, top_k: int, layers: f
     names = {"AutoConfig": config_class.__name__, **classes}
     values = config.to_dict() | {
         "architectures": [f"Mixture{dense_class(config).__name__}"],
-        "auto_map": {auto: f"{CODE.stem}.{name}" for auto, name in names.items()},
+        "auto_map": {auto: f"{CODE[0].stem}.{name}" for auto, name in names.items()},
         "num_experts": experts,
         "num_experts_per_tok": top_k,
         "mixture_layers": sorted(layers),
+        **(routing or RouterConfig()).entries(),
     }
     del values["model_type"]
-    return config_class.from_dict(values)
+    made = config_class.from_dict(values)
+    router_of_mixture(made)
+    return made
 
 
 def generic_pair(config: PreTrainedConfig, target: str | None = None) -> Pair:
     """How the conversion of a dense config is called.
 
     Raises:
-        ValueError: another `target` than its own is asked for.
+        ValueError: another `target` than its own is asked for; see also `check_source`.
     """
+    check_source(config)
     made = Target(
         model_type=mixture_config_class(config.model_type).model_type,
         architecture=f"Mixture{dense_class(config).__name__}",
@@ -157,55 +178,3 @@ def _parts_pattern(table: StoredFeedForward) -> re.Pattern:
     parts = "|".join(re.escape(part) for part in (*table.up, table.down))
     prefix, layers = re.escape(table.prefix), re.escape(table.layers)
     return re.compile(rf"(?P<prefix>(?:{prefix}\.)?){layers}\.(?P<layer>\d+)\.(?:{parts})\..*")
-
-
-def _ffn(headers: Mapping[str, StoredTensor], table: StoredFeedForward, where: str) -> dict[str, StoredTensor]:
-    """The FFN's tensors by their names in a layer, checked."""
-    kinds = ("weight", "bias") if table.biased else ("weight",)
-    names = [f"{part}.{kind}" for part in (*table.up, table.down) for kind in kinds]
-    for name in names:
-        if f"{where}.{name}" not in headers:
-            raise ValueError(
-                f"The checkpoint must hold the FFN of every layer, but `{where}.{name}` is missing:"
-                " it is incomplete, or its config belongs to another."
-            )
-    ffn = {name: headers[f"{where}.{name}"] for name in names}
-    shapes = {name: stored.shape for name, stored in ffn.items()}
-    down = shapes[f"{table.down}.weight"]
-    hidden, neurons = (down[::-1] if table.transposed else down) if len(down) == 2 else (0, 0)
-    wanted = {f"{part}.weight": down[::-1] for part in table.up} | {f"{table.down}.weight": down}
-    if table.biased:
-        wanted |= {f"{part}.bias": (neurons,) for part in table.up} | {f"{table.down}.bias": (hidden,)}
-    dtypes = {stored.dtype for stored in ffn.values()}
-    if shapes != wanted or 0 in (hidden, neurons) or len(dtypes) > 1 or not dtypes <= set(NUMBER_BYTES):
-        found = ", ".join(f"{name} {stored.dtype} {list(stored.shape)}" for name, stored in ffn.items())
-        raise ValueError(
-            f"The FFN `{where}` must have weights and biases that fit together, of one dtype of "
-            f"{', '.join(NUMBER_BYTES)}, got {found}: the checkpoint is damaged or packed."
-        )
-    return ffn
-
-
-def _mixture(
-    ffn: Mapping[str, StoredTensor], table: StoredFeedForward, where: str, layer: int, experts: int, router: Router
-) -> list[PlannedTensor]:
-    """Router, guard and stacks of experts; a gate lies above its up matrix, expert by expert."""
-    name, down = f"{where}.{layer}.{table.block}", ffn[f"{table.down}.weight"].shape
-    hidden = down[1] if table.transposed else down[0]
-    planned = [router_tensor(f"{name}.router.weight", layer, router, "F32", hidden, experts, 1)]
-    # In the dense weight's place, so that stock classes refuse the checkpoint.
-    planned.append(PlannedTensor(f"{where}.{layer}.{table.down}.weight", "U8", (1,), (FillZeros(1),)))
-    for stack, layers in (
-        ("gate_up_proj" if len(table.up) > 1 else "up_proj", table.up),
-        ("down_proj", (table.down,)),
-    ):
-        for kind, end in (("weight", ""), ("bias", "_bias"))[: 1 + table.biased]:
-            parts = [ffn[f"{layer}.{kind}"] for layer in layers]
-            shape = (experts, len(parts) * parts[0].shape[0], *parts[0].shape[1:])
-            planned.append(_copied(f"{name}.experts.{stack}{end}", shape, parts * experts))
-    return planned
-
-
-def _copied(name: str, shape: tuple[int, ...], parts: list[StoredTensor]) -> PlannedTensor:
-    pieces = tuple(CopyBytes(part.file, part.offset, part.length) for part in parts)
-    return PlannedTensor(name, parts[0].dtype, shape, pieces)

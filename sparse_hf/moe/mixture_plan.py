@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparse_hf.moe.expert_init import Cut, ExpertInit, cut_of, expert_piece, factor_of, neurons_of, scaled
+from sparse_hf.moe.mixture_routers import RouterConfig
 from sparse_hf.moe.router_init import Router, router_tensor
 from sparse_hf.moe.targets import Target
 from sparse_hf.storage.pieces import FillZeros
@@ -14,13 +15,17 @@ from sparse_hf.storage.tensor_headers import DTYPE_BITS, StoredTensor
 
 @dataclass(frozen=True)
 class Mixture:
-    """What the FFNs of a model become: `experts` copies of it, cut by `init`, `top_k` experts per token."""
+    """What the FFNs of a model become: `experts` copies of it, cut by `init`, `top_k` experts per token.
+
+    `router` is how routers begin, `routing` what they are, which only mixtures of ours can choose.
+    """
 
     target: Target
     experts: int
     top_k: int
     init: ExpertInit = ExpertInit()
     router: Router = Router()
+    routing: RouterConfig | None = None
 
 
 def mixture_tensors(ffns: Sequence[dict[str, StoredTensor]], mixture: Mixture, layer: int) -> list[PlannedTensor]:

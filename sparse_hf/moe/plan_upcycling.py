@@ -12,7 +12,9 @@ from sparse_hf.moe.conversions import generic_conversion, native_conversion
 from sparse_hf.moe.expert_init import ExpertInit, changes_function
 from sparse_hf.moe.generic_families import STORED_FEED_FORWARDS
 from sparse_hf.moe.generic_plan import CODE, generic_pair
+from sparse_hf.moe.generic_routers import changes_function as routing_changes
 from sparse_hf.moe.mixture_plan import Mixture
+from sparse_hf.moe.mixture_routers import RouterConfig
 from sparse_hf.moe.pairs import Pair, pair_of
 from sparse_hf.moe.router_init import Router
 from sparse_hf.storage.locations import local_folder
@@ -57,7 +59,7 @@ class UpcyclingPlan:
     all_layers: int
     dense_bytes: int
     ffn_ratio: float
-    code: Path | None = None
+    code: tuple[Path, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -69,22 +71,31 @@ class UpcyclingPlan:
         """Why the mixture does not compute what the dense model does; None where it does."""
         if self.branches:
             return f"experts come from {len(self.branches)} models"
-        return changes_function(self.mixture.init, self.mixture.experts)
+        mixture = self.mixture
+        routed = routing_changes(mixture.routing or RouterConfig(), mixture.experts, mixture.top_k)
+        return changes_function(mixture.init, mixture.experts) or routed
 
     def __str__(self) -> str:
         target, free = self.pair.target, free_bytes(self.destination)
         return (
             f"{self.pair.source} -> {target.model_type} ({target.architecture}): {self.layers} of {self.all_layers} "
-            f"layers, {getattr(self.config, target.count)} experts, top {getattr(self.config, target.top_k)}\n"
+            f"layers, {getattr(self.config, target.count)} experts, top {getattr(self.config, target.top_k)}"
+            f"{self._router_kind()}\n"
             f"{self._function()}{target.remark}{self._shared_expert()}"
             f"{self.dense_bytes / 1e9:.2f} GB -> {self.bytes / 1e9:.2f} GB in {len(self.shards)} files, "
             f"{free / 1e9:.1f} GB free; FFN FLOPs per token {self.ffn_ratio:.2f} x dense"
         )
 
+    def _router_kind(self) -> str:
+        routing = self.mixture.routing
+        return "" if routing is None else f", router {routing.kind}"
+
     def _function(self) -> str:
-        target = self.pair.target
+        target, routing = self.pair.target, self.mixture.routing
         if self.changed:
             return f"Not exact: {self.changed}. The difference of the logits is measured and told, not limited.\n"
+        if routing is not None and routing.kind == "hash":
+            return "Exact: the experts are copies. Which one a token takes is decided by its id and is not trained.\n"
         balance = "`SparseTrainer(balance=BalanceConfig())`"
         if target.balance_loss:
             balance += "; `output_router_logits=True` in the config turns the model's own on, which pools layers"
@@ -125,6 +136,7 @@ def plan_upcycling(
     branches: Sequence[str | Path] = (),
     average: bool = False,
     router_rows: Mapping[int, np.ndarray] | None = None,
+    router: RouterConfig | None = None,
 ) -> UpcyclingPlan:
     """What `upcycle` would do with the same arguments; reads headers only and writes nothing.
 
@@ -138,7 +150,8 @@ def plan_upcycling(
     generic = config.model_type in STORED_FEED_FORWARDS
     pair = generic_pair(config, target) if generic else pair_of(config, target)
     chosen = chosen_layers(pair.target, config.num_hidden_layers, layers)
-    mixture = Mixture(pair.target, experts, top_k, init or ExpertInit(), Router(router_std, seed, router_rows))
+    start = Router(router_std, seed, router_rows)
+    mixture = Mixture(pair.target, experts, top_k, init or ExpertInit(), start, router)
     others = tuple(local_folder(one, ["config.json", *WEIGHTS]) for one in branches)
     convert = generic_conversion if generic else native_conversion
     made = convert((folder, *others), config, pair, mixture, chosen, average)
@@ -159,7 +172,7 @@ def plan_upcycling(
         all_layers=count,
         dense_bytes=sum(stored.length for stored in made.sources[0].values()),
         ffn_ratio=(len(chosen) * made.ffns_per_token + count - len(chosen)) / count,
-        code=CODE if generic else None,
+        code=CODE if generic else (),
     )
 
 

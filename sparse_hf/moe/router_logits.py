@@ -82,6 +82,7 @@ class RouterReader:
         self._layers = _router_layers(model)
         if not self._layers:
             raise ValueError(f"No routers were found in this {config.model_type} model: all its layers are dense.")
+        _require_float(self._layers)
         self.names = tuple(layer.name for layer in self._layers)
         self._calls: dict[str, list[tuple]] | None = None  # None: nobody listens
         self._hooks = [hook for layer in self._layers for hook in self._watch(layer)]
@@ -90,6 +91,11 @@ class RouterReader:
         """Take the hooks off the model."""
         for hook in self._hooks:
             hook.remove()
+
+    @property
+    def routers(self) -> list[nn.Module]:
+        """The layers' routers, in order of `names`."""
+        return [layer.router for layer in self._layers]
 
     @contextmanager
     def listening(self) -> Iterator[list[Routing]]:
@@ -221,6 +227,19 @@ def counted_tokens(inputs: Mapping[str, object], routing: Routing) -> Tensor:
 def _scores(config: PreTrainedConfig) -> Scores:
     sigmoid = config.model_type in SIGMOID_ROUTED or getattr(config, "expert_selection_fn", "softmax") == "sigmoid"
     return "sigmoid" if sigmoid else "softmax"
+
+
+def _require_float(layers: list[RouterLayer]) -> None:
+    """Raise ValueError if a router was quantised; experts may be."""
+    for layer in layers:
+        buffers = [found for found in layer.router.named_buffers() if "weight" in found[0]]  # GPTQ's and AWQ's
+        for name, one in (*layer.router.named_parameters(), *buffers):
+            if one.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+                raise ValueError(
+                    f"Routers must have floating-point weights, but `{name}` in the router of `{layer.name}` is "
+                    f"{one.dtype}. Leave routers out of the quantisation (`llm_int8_skip_modules`, "
+                    "`modules_to_not_convert`)."
+                )
 
 
 def _router_layers(model: nn.Module) -> list[RouterLayer]:

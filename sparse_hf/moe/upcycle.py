@@ -9,8 +9,10 @@ import numpy as np
 from sparse_hf.moe.expert_init import ExpertInit
 from sparse_hf.moe.generic_check import largest_generic_difference
 from sparse_hf.moe.layerwise_check import compare_layer_by_layer, fp32_tolerance
+from sparse_hf.moe.mixture_routers import RouterConfig
 from sparse_hf.moe.new_checkpoint import complete_folder, write_weights
 from sparse_hf.moe.plan_upcycling import SHARD_BYTES, UpcyclingPlan, plan_upcycling
+from sparse_hf.storage.locations import hub_source
 
 
 def upcycle(
@@ -30,6 +32,7 @@ def upcycle(
     average: bool = False,
     router_rows: Mapping[int, np.ndarray] | None = None,
     check_text: str | None = None,
+    router: RouterConfig | None = None,
 ) -> UpcyclingPlan:
     """Write a mixture of experts made of a dense checkpoint, by default of exact copies (Komatsuzaki et al. 2022).
 
@@ -62,6 +65,7 @@ def upcycle(
         average: whether everything else is the branches' mean instead.
         router_rows: what `fit_routers` found, instead of a random start.
         check_text: to compare on, read with the source's tokenizer; random tokens by default.
+        router: another kind of router, for the mixtures of ours; stock architectures have their own.
 
     Raises:
         FileNotFoundError, ValueError: see `plan_upcycling`; or the logits differ, and the folder stays without config.
@@ -82,6 +86,7 @@ def upcycle(
         branches,
         average,
         router_rows,
+        router,
     )
     carry_out(plan, check_tokens, progress, seed, check_text)
     return plan
@@ -104,8 +109,11 @@ def carry_out(
         return None
     difference = _checked(plan, check_tokens, check_text, seed, progress) if check_tokens else None
     target = plan.pair.target
+    base_model, revision = hub_source(plan.source)
     description = {
         "kind": "upcycled_model",
+        "base_model": base_model,
+        "base_revision": revision,
         "source_type": plan.pair.source,
         "target_type": target.model_type,
         "experts": getattr(plan.config, target.count),
@@ -122,7 +130,7 @@ def carry_out(
 def _checked(plan: UpcyclingPlan, tokens: int, text: str | None, seed: int, progress: bool) -> float:
     """The largest difference of the logits, as a fraction of the largest; refused where there should be none."""
     options = {"tokens": tokens, "seed": seed}
-    if plan.code is None:
+    if not plan.code:
         found = compare_layer_by_layer(
             plan.source, plan.destination, plan.config, **options, text=text, progress=progress
         )

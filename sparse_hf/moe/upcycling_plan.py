@@ -71,7 +71,7 @@ def plan_tensors(
         layer = int(match[1]) if match else None
         if layer not in layers:
             parts = [one[name] for one in branches] if average else [stored]
-            planned.append(PlannedTensor(name, stored.dtype, stored.shape, (_mean(parts),)))
+            planned.append(PlannedTensor(name, stored.dtype, stored.shape, (mean_of(parts),)))
         elif layer not in done:
             done.add(layer)
             planned += mixture_tensors(ffns[layer], mixture, layer)
@@ -111,7 +111,7 @@ def _ffn(headers: Mapping[str, StoredTensor], layer: int) -> dict[str, StoredTen
     return ffn
 
 
-def _mean(parts: Sequence[StoredTensor]) -> Piece:
+def mean_of(parts: Sequence[StoredTensor]) -> Piece:
     """The bytes of one tensor, or the mean of several."""
     pieces = [CopyBytes(part.file, part.offset, part.length) for part in parts]
     if len(pieces) == 1:

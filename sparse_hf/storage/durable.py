@@ -12,6 +12,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from sparse_hf.storage.folder_swap import swapped
+
 
 DISK_ERRORS = {
     errno.ENOSPC: "the disk is full",
@@ -27,7 +29,7 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
     Raises:
         OSError: the disk is full or not writable; the previous file at `path` survives.
     """
-    with _clear_disk_errors(path), _scratch_beside(path) as scratch:
+    with clear_disk_errors(path), _scratch_beside(path) as scratch:
         partial = scratch / path.name
         partial.touch()
         permissions = partial.stat().st_mode  # of any new file; safetensors would make it private to the user
@@ -47,31 +49,36 @@ def write_json(path: Path, content: dict) -> None:
 def write_folder(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary folder beside `path`, then move it there; an older folder is replaced as a whole.
 
-    Folders cannot be swapped in one step: killed in the instant between two renames, the old one stays whole as
-    `.<name>.*.partial/old` beside `path`.
+    Where the system cannot swap two folders in one step (not Linux, some network file systems), a kill in the instant
+    between two renames leaves the old one whole as `.<name>.*.partial/old` beside `path`.
 
     Raises:
         OSError: the disk is full or not writable; the previous folder survives.
     """
     path = path.resolve()  # a link to a folder stays a link
-    with _clear_disk_errors(path), _scratch_beside(path) as scratch:
+    with clear_disk_errors(path), _scratch_beside(path) as scratch:
         new, old = scratch / "new", scratch / "old"
         new.mkdir()
         write(new)
         for entry in [*new.rglob("*"), new]:
             _flush_to_disk(entry)
-        try:
-            if path.exists():
-                path.rename(old)
-            new.rename(path)
-        finally:
-            if old.exists() and not path.exists():
-                old.rename(path)
+        if not (path.exists() and swapped(new, path)):
+            _replace_folder(new, path, old)
         _flush_to_disk(path.parent)
 
 
+def _replace_folder(new: Path, path: Path, old: Path) -> None:
+    try:
+        if path.exists():
+            path.rename(old)
+        new.rename(path)
+    finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
+
+
 @contextlib.contextmanager
-def _clear_disk_errors(target: Path) -> Iterator[None]:
+def clear_disk_errors(target: Path) -> Iterator[None]:
     """Turn "no space", "read-only" and "permission denied" into one sentence that names the target."""
     try:
         yield

@@ -39,31 +39,34 @@ class StoredTensor:
         return replace(self, shape=(count, *self.shape[1:]), offset=self.offset + first * row, length=count * row)
 
 
-def read_headers(folder: Path) -> dict[str, StoredTensor]:
+def read_headers(folder: Path, single: str = SINGLE_FILE, index: str = INDEX_FILE) -> dict[str, StoredTensor]:
     """Every tensor of the checkpoint in `folder`, by name, in the order of the bytes on disk.
 
     Reads `model.safetensors`, or else all shards of `model.safetensors.index.json` in the order in which the index
     first names them. No tensor is read, and nothing in the files is trusted.
 
+    Args:
+        single, index: other names for the two files.
+
     Raises:
         FileNotFoundError: neither file is there, or shards that the index names are missing.
         ValueError: a file is truncated, damaged or hostile, or the index and the shards disagree.
     """
-    if (folder / SINGLE_FILE).is_file():
-        return read_header(folder / SINGLE_FILE)
-    placed = _read_index(folder / INDEX_FILE)
+    if (folder / single).is_file():
+        return read_header(folder / single)
+    placed = _read_index(folder / index, single)
     if missing := [shard for shard in placed if not (folder / shard).is_file()]:
         raise FileNotFoundError(
-            f"`{folder}` must hold every shard that `{INDEX_FILE}` names, {len(missing)} of {len(placed)} "
+            f"`{folder}` must hold every shard that `{index}` names, {len(missing)} of {len(placed)} "
             f"are missing: {reprlib.repr(missing)}. Download the checkpoint again."
         )
     found: dict[str, StoredTensor] = {}
     for shard, names in placed.items():
         stored = read_header(folder / shard)
-        for absent, present in ((names - stored.keys(), INDEX_FILE), (stored.keys() - names, shard)):
+        for absent, present in ((names - stored.keys(), index), (stored.keys() - names, shard)):
             if absent:
                 raise ValueError(
-                    f"`{INDEX_FILE}` and `{shard}` in `{folder}` must name the same tensors, but `{min(absent)}` is "
+                    f"`{index}` and `{shard}` in `{folder}` must name the same tensors, but `{min(absent)}` is "
                     f"only in `{present}`. The files belong to different checkpoints; download them again."
                 )
         found |= stored
@@ -170,11 +173,11 @@ def _are_sizes(value: object) -> bool:
     return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**63 for size in value)
 
 
-def _read_index(file: Path) -> dict[str, set[str]]:
+def _read_index(file: Path, single: str) -> dict[str, set[str]]:
     """Tensor names by shard, in the order of the index; every shard is a plain file name."""
     if not file.is_file():
         raise FileNotFoundError(
-            f"`{file.parent}` must hold `{SINGLE_FILE}` or `{INDEX_FILE}`, it holds neither. "
+            f"`{file.parent}` must hold `{single}` or `{file.name}`, it holds neither. "
             "Give the folder of a safetensors checkpoint."
         )
     if (size := file.stat().st_size) > LARGEST_HEADER:

@@ -4,12 +4,13 @@ For a layer the loss is experts * sum_i f_i P_i: f needs the choices of the whol
 needs f. Two ways, by `BalanceConfig.gradient`, neither of which depends on the split:
 
 - `"routers"`: the routers' inputs and logits are kept, and the last micro-batch's backward pass brings the gradient of
-  all of them to the routers' weights, which are linear maps. One small reduction over ranks per step.
+  all of them to the routers' weights, which are linear maps.
 - `"network"`: counts first. Without accumulation f is known after the forward pass; with it, all micro-batches run
   forward once more, without gradients and with the random numbers that they will have, before the first one trains.
 
 The term joins right before the backward pass, when the Trainer has scaled its loss for accumulation and ranks, so it
-depends on none of this, and the loss that the Trainer logs stays the task's.
+depends on none of this, and the loss that the Trainer logs stays the task's. Per step there are two small reductions
+over ranks, and the device is never waited for but once, in the first step.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,41 +20,21 @@ from dataclasses import dataclass, field
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sparse_hf.algorithms.balance import (
-    chosen_counts,
-    chosen_fractions,
-    probability_sums,
-    switch_loss,
-    z_loss_sums,
-)
+from sparse_hf.algorithms.balance import chosen_fractions, probability_sums, switch_loss
 from sparse_hf.algorithms.expert_load import expert_load, variation_by_chance
 from sparse_hf.moe.balance_config import BalanceConfig
+from sparse_hf.moe.balance_objective import MicroBatch, Totals, losses_by_layer, micro_batch, weighted
+from sparse_hf.moe.float32_routers import Float32Routers
 from sparse_hf.moe.own_balance_loss import turn_off_own_balance_loss
-from sparse_hf.moe.router_logits import RouterReader, check_linear, counted_tokens
+from sparse_hf.moe.router_logits import RouterReader, Routing, check_linear, counted_tokens
+from sparse_hf.moe.selection_bias import hold_in_float32, move_selection_biases, selection_biases
+from sparse_hf.moe.sequence_numbers import sequence_numbers
 
 
 TRIED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """One forward pass, all layers.
-
-    Attributes:
-        inputs: of the routers, one (tokens, hidden) per layer, detached.
-        logits: (layers, tokens, experts).
-        counted: bool (tokens,), False for padding.
-        counts: of choices on this rank, int64 (layers, experts).
-        top_k: experts per token.
-    """
-
-    inputs: list[Tensor]
-    logits: Tensor
-    counted: Tensor
-    counts: Tensor
-    top_k: int
 
 
 @dataclass
@@ -63,9 +44,23 @@ class Step:
     batches: list[Mapping[str, object]] = field(default_factory=list)
     seen: int = 0
     kept: list[MicroBatch] = field(default_factory=list)
-    own_counts: Tensor | int = 0  # of choices on this rank so far, (layers, experts)
-    counts: Tensor | None = None  # on all ranks and in all micro-batches, once known
-    sums: Tensor | float = 0.0  # of probabilities on this rank so far, (layers, experts)
+    own: Tensor | int = 0  # `MicroBatch.totals` of this rank so far
+    totals: Totals | None = None  # of all ranks and micro-batches, once known
+    sums: Tensor | float = 0.0  # of probabilities on this rank so far, (layers, experts), where load is only measured
+    losses: dict[str, Tensor] = field(default_factory=dict)  # this rank's part so far, each (layers,)
+
+
+class _GivenGradients(torch.autograd.Function):
+    """Zero, whose gradients by the weights are those given."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, gradients: list[Tensor], *weights: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return gradients[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, scale: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(scale * one for one in ctx.gradients)
 
 
 class LoadBalancer(TrainerCallback):
@@ -80,25 +75,32 @@ class LoadBalancer(TrainerCallback):
             raise TypeError(f"`balance` must be a BalanceConfig, got {type(config).__name__}.")
         self.trainer, self.config = trainer, config
         self.reader: RouterReader | None = None
-        self._active = bool(config.coefficient or config.z)
         self._current: MicroBatch | None = None
         self._step = Step()
         self._checked = False
-        self._last: tuple[Tensor, Tensor, int] | None = None  # counts and probabilities of a step, top_k
+        self._last: tuple[Totals, dict[str, Tensor], int] | None = None  # totals and losses of a step, top_k
+        self._biases: list[Tensor] = []
+        self._float32: Float32Routers | None = None
         self._check_surroundings()
         if trainer.model_init is None:
             turn_off_own_balance_loss(trainer.model)
-            self.check_model(reader := RouterReader(trainer.model))
+            self.check_model(trainer.model, reader := RouterReader(trainer.model))
             reader.detach()
 
-    def check_model(self, reader: RouterReader) -> None:
+    def check_model(self, model: nn.Module, reader: RouterReader) -> None:
         """Raise ValueError if the loss would train nothing, or is not defined for this model."""
         if self.config.z and reader.scores == "sigmoid":
             raise ValueError(
                 f"The z-loss is of a softmax's logits, got `z`={self.config.z} for {reader.model_type}, which chooses "
                 "by sigmoids. Set it to 0."
             )
-        if self._active and self.config.gradient == "routers" and not any(reader.linear_routers()):
+        if reader.experts % self.config.device_groups:
+            raise ValueError(
+                f"`device_groups` must divide the experts, got {self.config.device_groups} for {reader.experts}."
+            )
+        if self.config.bias_rate:
+            selection_biases(model, [model.get_submodule(name) for name in reader.names])
+        if self.config.has_losses and self.config.gradient == "routers" and not any(reader.linear_routers()):
             raise ValueError(
                 "A balance loss must have routers to train, but all are frozen. Unfreeze them, set the coefficients "
                 'to 0 to measure only, or use `BalanceConfig(gradient="network")`.'
@@ -111,8 +113,23 @@ class LoadBalancer(TrainerCallback):
         self._let_go()  # a batch-size search starts training again in the same run
         turn_off_own_balance_loss(model)
         self.reader = RouterReader(model)
-        self.check_model(self.reader)
+        self.check_model(model, self.reader)
         self._step, self._last, self._checked = Step(), None, False
+        if self.config.bias_rate:
+            self._biases = selection_biases(model, [model.get_submodule(name) for name in self.reader.names])
+            hold_in_float32(self._biases)
+        if self.config.float32_routers:
+            self._float32 = Float32Routers(self.reader.routers)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Move the biases, unless a gradient scaler skipped the step.
+
+        All passes of a step see one bias, and evaluation and checkpoints after it the new one.
+        """
+        if self._biases and not self.trainer.accelerator.optimizer_step_was_skipped:
+            move_selection_biases(self._biases, self._step.totals.counts, self.config.bias_rate)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -127,21 +144,22 @@ class LoadBalancer(TrainerCallback):
     @contextmanager
     def reading(self, inputs: Mapping[str, object]) -> Iterator[None]:
         """Inside, the model computes the loss of one micro-batch in training."""
-        mask = {"attention_mask": inputs.get("attention_mask")}
+        inputs = dict(inputs)  # the Trainer takes some out
         with self.reader.listening() as routings:
             yield
-        counted = counted_tokens(mask, routings[0])
-        counts = [chosen_counts(one.chosen, counted, self.reader.experts) for one in routings]
-        to_network = self._active and self.config.gradient == "network"
-        if self._active and not to_network and not self._checked:
+        self._current = self._read(inputs, routings)
+
+    def _read(self, inputs: Mapping[str, object], routings: list[Routing]) -> MicroBatch:
+        counted, sequences = counted_tokens(inputs, routings[0]), None
+        if self.config.sequence:
+            sequences = sequence_numbers(inputs, len(counted), counted.device)
+        to_network = self.config.has_losses and self.config.gradient == "network"
+        if self.config.has_losses and not to_network and not self._checked:
             for name, one, linear in zip(self.reader.names, routings, self.reader.linear_routers(), strict=True):
                 if linear is not None:
                     check_linear(one, *linear, name)
             self._checked = True
-        # float32 from here on, whatever the model computes in.
-        logits = torch.stack([(one.logits if to_network else one.logits.detach()).float() for one in routings])
-        top_k = routings[0].chosen.shape[1]
-        self._current = MicroBatch([one.inputs for one in routings], logits, counted, torch.stack(counts), top_k)
+        return micro_batch(routings, counted, self.reader.experts, sequences, with_graph=to_network)
 
     @contextmanager
     def joining(self, model: nn.Module) -> Iterator[None]:
@@ -153,8 +171,8 @@ class LoadBalancer(TrainerCallback):
             term = self._term()
             backward(loss if term is None else loss + term.to(loss.device), **kwargs)
 
-        ahead = self._active and self.config.gradient == "network" and len(self._step.batches) > 1
-        if ahead and self._step.counts is None:
+        ahead = self.config.has_losses and self.config.gradient == "network" and len(self._step.batches) > 1
+        if ahead and self._step.totals is None:
             self._count_ahead(model)
         accelerator.backward = joined
         try:
@@ -164,20 +182,19 @@ class LoadBalancer(TrainerCallback):
             self._current = None
 
     def log_entries(self) -> dict[str, float]:
-        """Balance loss and expert load of the last optimizer step, each the mean over layers and the worst layer."""
+        """Losses and expert load of the last optimizer step, each the mean over layers and the worst layer."""
         if self._last is None:
             return {}
-        counts, probabilities, top_k = self._last
-        losses = switch_loss(chosen_fractions(counts), probabilities)
+        totals, losses, top_k = self._last
+        counts = totals.counts
         load = expert_load(counts.cpu())
-        tokens = max(1, int(counts[0].sum()) // top_k)
         entries = {"dead_experts": float(load.dead.sum()), "dead_experts_worst_layer": float(load.dead.max())}
-        highest = {"balance_loss": losses, "load_max_violation": load.max_violation, "load_variation": load.variation}
+        highest = {**losses, "load_max_violation": load.max_violation, "load_variation": load.variation}
         for name, values in highest.items():
             entries |= {name: float(values.mean()), f"{name}_worst_layer": float(values.max())}
         for name, values in {"load_entropy": load.entropy, "load_min_share": load.min_share}.items():
             entries |= {name: float(values.mean()), f"{name}_worst_layer": float(values.min())}
-        return entries | {"load_variation_by_chance": variation_by_chance(counts.shape[-1], top_k, tokens)}
+        return entries | {"load_variation_by_chance": variation_by_chance(counts.shape[-1], top_k, int(totals.tokens))}
 
     def _term(self) -> Tensor | None:
         """What to add to this micro-batch's loss."""
@@ -189,19 +206,19 @@ class LoadBalancer(TrainerCallback):
                 f"{len(step.batches)}: use the Trainer's own training loop and `get_batch_samples`."
             )
         last = step.seen == len(step.batches)
-        step.own_counts = step.own_counts + batch.counts
-        step.sums = step.sums + probability_sums(batch.logits.detach(), batch.counted, self.reader.scores)
-        if last and step.counts is None:
-            step.counts = self._over_ranks(step.own_counts)
+        step.own = step.own + batch.totals()
+        if last and step.totals is None:
+            step.totals = self._totals(step.own)
         term = None
-        if self._active and self.config.gradient == "network":
+        if not self.config.has_losses:
+            step.sums = step.sums + probability_sums(batch.logits, batch.counted, self.reader.scores)
+        elif self.config.gradient == "network":
             term = self._network_term(batch)
-        elif self._active:
+        else:
             step.kept.append(batch)
             term = self._routers_term() if last else None
         if last:
-            tokens = step.counts[0].sum().clamp(min=1) / batch.top_k
-            self._last = step.counts, self._over_ranks(step.sums) / tokens, batch.top_k
+            self._last = step.totals, self._losses_of_step(), batch.top_k
         return term
 
     def _network_term(self, batch: MicroBatch) -> Tensor:
@@ -213,46 +230,50 @@ class LoadBalancer(TrainerCallback):
         return self._objective(batch)
 
     def _routers_term(self) -> Tensor:
-        """A term whose gradient by each router's weight is that of all micro-batches' losses.
-
-        It is the product of that gradient and the weight, so its value means nothing.
-        """
-        routers = self.reader.linear_routers()
-        trained = [layer for layer, router in enumerate(routers) if router is not None]
-        weights, biases = dict.fromkeys(trained, 0.0), dict.fromkeys(trained, 0.0)
+        """Zero, whose gradient by each router's weight is that of all micro-batches' losses."""
+        trained = [one for one in enumerate(self.reader.linear_routers()) if one[1] is not None]
+        gradients: dict[nn.Parameter, Tensor | float] = {}
         for batch in self._step.kept:
             batch.logits.requires_grad_()
-            (gradient,) = torch.autograd.grad(self._objective(batch), batch.logits)
-            for layer in trained:
-                weights[layer] = weights[layer] + gradient[layer].T @ batch.inputs[layer].float()
-                biases[layer] = biases[layer] + gradient[layer].sum(0)
+            (by_logits,) = torch.autograd.grad(self._objective(batch), batch.logits)
+            for layer, (weight, bias) in trained:
+                inputs = batch.inputs[layer].float()
+                gradients[weight] = gradients.get(weight, 0.0) + by_logits[layer].T @ inputs
+                if bias is not None:
+                    gradients[bias] = gradients.get(bias, 0.0) + by_logits[layer].sum(0)
         self._step.kept = []
-        products = [(weights[layer] * routers[layer][0].float()).sum() for layer in trained]
-        products += [
-            (biases[layer] * routers[layer][1].float()).sum() for layer in trained if routers[layer][1] is not None
-        ]
-        return torch.stack(products).sum()
+        return _GivenGradients.apply([*gradients.values()], *gradients)
 
     def _objective(self, batch: MicroBatch) -> Tensor:
         """This rank's and micro-batch's part of the step's loss, times the ranks: gradients are averaged over them."""
-        counts = self._step.counts
-        sums = probability_sums(batch.logits, batch.counted, self.reader.scores)
-        loss = self.config.coefficient * switch_loss(chosen_fractions(counts), sums).sum()
-        if self.config.z:
-            loss = loss + self.config.z * z_loss_sums(batch.logits, batch.counted).sum()
-        return loss * self.trainer.accelerator.num_processes * batch.top_k / counts[0].sum().clamp(min=1)
+        losses, known = losses_by_layer(self.config, self.reader.scores, batch, self._step.totals), self._step.losses
+        for name, loss in losses.items():
+            known[name] = known.get(name, 0.0) + loss.detach()
+        return weighted(self.config, losses) * self.trainer.accelerator.num_processes
+
+    def _losses_of_step(self) -> dict[str, Tensor]:
+        """Each loss of all ranks and micro-batches, (layers,), without coefficients."""
+        step = self._step
+        losses = step.losses
+        if not self.config.has_losses:
+            fractions = chosen_fractions(step.totals.counts)
+            losses = {"balance_loss": switch_loss(fractions, step.sums) / step.totals.tokens}
+        return dict(zip(losses, self._over_ranks(torch.stack([*losses.values()])), strict=True))
+
+    def _totals(self, own: Tensor) -> Totals:
+        return Totals.of(self._over_ranks(own), len(self.reader.names), self._current.top_k)
 
     def _count_ahead(self, model: nn.Module) -> None:
         """The choices of all micro-batches of the step, before the first of them trains."""
-        trainer, step, counts = self.trainer, self._step, 0
+        trainer, step, own = self.trainer, self._step, 0
         devices = [torch.cuda.current_device()] if trainer.args.device.type == "cuda" else []
         model.train()
         # Afterwards dropout draws what it drew here, so that the choices are the same.
         with torch.random.fork_rng(devices), torch.no_grad():
             for batch in step.batches:
                 trainer.compute_loss(model, trainer._prepare_inputs(dict(batch)))
-                counts = counts + self._current.counts
-        step.counts = self._over_ranks(counts)
+                own = own + self._current.totals()
+        step.totals = self._totals(own)
 
     def _over_ranks(self, tensor: Tensor) -> Tensor:
         return self.trainer.accelerator.reduce(tensor, reduction="sum")
@@ -260,7 +281,9 @@ class LoadBalancer(TrainerCallback):
     def _let_go(self) -> None:
         if self.reader is not None:
             self.reader.detach()
-        self.reader = None
+        if self._float32 is not None:
+            self._float32.detach()
+        self.reader, self._float32, self._biases = None, None, []
 
     def _check_surroundings(self) -> None:
         args, accelerator = self.trainer.args, self.trainer.accelerator

@@ -19,8 +19,8 @@ def check_before_search(trainer: "SparseTrainer", config: LotteryTicketConfig) -
     """The sites to prune, after everything that can be checked without training was.
 
     Raises:
-        ValueError: sharded training; no sites; a sparsity that leaves no weight; a round longer than the training; a rewinding step
-            outside the dense round; checkpoints that stop a round before its end.
+        ValueError: sharded training; no sites; a sparsity that leaves no weight; a round longer than the training; a
+            rewinding step outside the dense round; checkpoints that stop a round before its end.
     """
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         raise ValueError(

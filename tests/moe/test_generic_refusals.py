@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from sparse_hf.moe import modeling_mixture
 from sparse_hf.moe.expert_init import ExpertInit
 from sparse_hf.moe.generic_families import STORED_FEED_FORWARDS
-from sparse_hf.moe.generic_plan import generic_config, generic_tensors
+from sparse_hf.moe.generic_plan import generic_config, generic_pair, generic_tensors
+from sparse_hf.moe.mixture_plan import Mixture
 from sparse_hf.moe.router_init import Router
 from sparse_hf.storage.tensor_headers import read_headers
 from tiny_mixtures import convert, tiny_dense
@@ -30,14 +31,16 @@ def change(path, change):
 
 
 def plan(folder, layers=(0, 1)):
-    return generic_tensors(read_headers(folder), AutoConfig.from_pretrained(folder), frozenset(layers), 4, Router(0.5))
+    config = AutoConfig.from_pretrained(folder)
+    mixture = Mixture(generic_pair(config).target, experts=4, top_k=2, router=Router(0.5))
+    return generic_tensors(read_headers(folder), config, frozenset(layers), mixture)
 
 
 def test_another_family(tmp_path):
     with pytest.raises(ValueError, match="made of bert, roberta, gpt2, vit, t5, got 'llama'"):
         generic_config(tiny_config("llama"), 4, 2, frozenset([0]))
     with pytest.raises(ValueError, match="got 'llama'"):
-        generic_tensors({}, tiny_config("llama"), frozenset([0]), 4, Router())
+        generic_pair(tiny_config("llama"))
 
 
 def test_a_quantised_model():
@@ -153,7 +156,7 @@ def test_names_stand_for_one_class_each():
     ("options", "match"),
     [
         ({"target": "mixtral"}, "`target` of a gpt2 model must be 'sparse_hf_mixture_gpt2', got 'mixtral'"),
-        ({"init": ExpertInit(granularity=2)}, "leave `init`, `branches` and `average` out"),
+        ({"init": ExpertInit(granularity=2)}, "leave `granularity`, `shared_half` and `scale` out"),
         ({"experts": 1, "top_k": 1}, "`experts` must be 2 or more"),
         ({"top_k": 5}, "between 1 and the 4 experts, got 5"),
         ({"layers": "0-2"}, "layers 0 to 1"),

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from sparse_hf import RouterConfig
 from tiny_mixtures import VARIANTS, convert, tiny_dense
 from tiny_models import tiny_inputs
 
@@ -49,17 +50,24 @@ json.dump(report, open("report.json", "w"))
 """
 
 NAMES = ["gpt2", "bert", "roberta", "vit", "vit-base", "t5", "t5-gated"]
+# Another router -> variant, router, experts per token; all of them keep the dense function.
+ROUTED = {
+    "gpt2-hash": ("gpt2", RouterConfig("hash"), 1),
+    "bert-experts": ("bert", RouterConfig("expert_choice", capacity_factor=4), 2),
+    "vit-cosine": ("vit", RouterConfig("cosine", bias=True), 2),
+}
+FOLDERS = {**{name: (name, None, 2) for name in NAMES}, **ROUTED}
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("folders")
     jobs = {}
-    for name in NAMES:
-        dense = tiny_dense(name)
+    for name, (variant, router, top_k) in FOLDERS.items():
+        dense = tiny_dense(variant)
         dense.save_pretrained(folder / "dense" / name)
-        convert(folder / "dense" / name, folder / name)
-        jobs[name] = (VARIANTS[name][3], type(dense).__name__)
+        convert(folder / "dense" / name, folder / name, router=router, top_k=top_k)
+        jobs[name] = (VARIANTS[variant][3], type(dense).__name__)
         inputs = tiny_inputs(dense)
         with torch.no_grad():
             torch.save((inputs, dense(**inputs)[0]), folder / f"{name}.pt")
@@ -82,21 +90,22 @@ def test_sparse_hf_was_not_there(report):
     assert report["blocked"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FOLDERS)
 def test_trusted_code_in_the_folder_computes_the_same_and_saves_it_again(report, name):
     found = report[name]
     assert max(found["differences"]) < 1e-4
     assert all(one.startswith("Mixture") for one in found["classes"])
     assert found["modules"] == ["transformers_modules"] * 2
     assert found["implementation"] == "grouped_mm"
-    assert {"config.json", "model.safetensors", "modeling_mixture.py"} <= set(found["files"])
+    code = {"modeling_mixture.py", "mixture_block.py", "mixture_routers.py"}
+    assert {"config.json", "model.safetensors", *code} <= set(found["files"])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FOLDERS)
 def test_without_trust_it_is_refused(report, name):
     assert report[name]["refused"] == [True, True]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FOLDERS)
 def test_the_stock_class_refuses_it_instead_of_making_fresh_ffns(report, name):
     assert "ignore_mismatched_sizes" in report[name]["stock"]

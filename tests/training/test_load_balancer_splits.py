@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 
 import sparse_hf
 import training
-from training.tiny_balance import balance_gradients, relative_error, routers_of
+from moe.test_selection_bias import biased, biases_of
+from sparse_hf import BalanceConfig
+from training.tiny_balance import balance_gradients, relative_error, routers_of, trainer
 
 
 KINDS = ("routers", "network", "stock")
@@ -42,6 +44,14 @@ def gradients_of(folder, kind, batch, accumulation, **changes):
     return balance_gradients(folder, None if kind == "stock" else kind, **changes)
 
 
+def moved_biases(folder, batch, accumulation):
+    """The biases of the choice after one step."""
+    model = biased("glm4_moe")
+    changes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    trainer(folder, BalanceConfig(0.0, bias_rate=0.25), model, ddp_backend="gloo", **changes).train()
+    return biases_of(model)
+
+
 def run_one_process(folder: str) -> None:
     """What each of the two processes does: train a step in every way, and write down its gradients."""
     found = {}
@@ -50,6 +60,7 @@ def run_one_process(folder: str) -> None:
             gradients = gradients_of(Path(folder) / "run", kind, batch, accumulation, ddp_backend="gloo")
             assert torch.distributed.get_world_size() == 2
             found |= {f"{kind}.{batch}.{accumulation}/{name}": one for name, one in gradients.items()}
+    found |= {f"bias/{layer}": one for layer, one in enumerate(moved_biases(Path(folder) / "run", 2, 2))}
     save_file(found, Path(folder) / f"rank-{os.environ['RANK']}.safetensors")
 
 
@@ -71,7 +82,7 @@ def of_two_processes(tmp_path_factory):
     )
     assert ended.returncode == 0, ended.stdout.decode()[-6000:]
     first, second = (load_file(folder / f"rank-{rank}.safetensors") for rank in (0, 1))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(torch.equal(one, second[name]) for name, one in first.items())
     found: dict = {}
     for name, gradient in first.items():
         split, _, parameter = name.partition("/")
@@ -94,6 +105,13 @@ def test_two_processes(of_two_processes, whole, kind):
             expected = {name: one for name, one in whole[kind].items() if one.norm() > 1e-3}
             assert len(expected) > 10
             assert relative_error({name: found[name] for name in expected}, expected) < 1e-4
+
+
+def test_biases_of_two_processes(tmp_path, of_two_processes):
+    """Equal in both, and moved by the load of all rows."""
+    for layer, expected in enumerate(moved_biases(tmp_path, 8, 1)):
+        assert expected.any()
+        assert torch.equal(of_two_processes["bias"][str(layer)], expected)
 
 
 @pytest.mark.parametrize("kind", ["routers", "network"])

@@ -69,15 +69,20 @@ def step_gradients(folder: Path, balance: BalanceConfig | None, model: PreTraine
     return gradients.found
 
 
+def all_losses(gradient: str) -> BalanceConfig:
+    """Each with so large a coefficient that an error in it is seen."""
+    return BalanceConfig(1.0, z=0.1, gradient=gradient, sequence=1.0, device=1.0, device_groups=2, entropy=-0.5)
+
+
 def balance_gradients(folder: Path, gradient: str | None, **changes: object) -> dict[str, Tensor]:
-    """What the balance loss alone adds to the gradients of one step; None: that of Transformers' own."""
+    """What all losses together add to the gradients of one step; None: Transformers' own."""
     found = []
     for coefficient in (1.0, 0.0):
         if gradient is None:
             model = mixtral(output_router_logits=True, router_aux_loss_coef=coefficient)
             found.append(step_gradients(folder, None, model, **changes))
         else:
-            config = BalanceConfig(coefficient, z=0.1 * coefficient, gradient=gradient)
+            config = all_losses(gradient) if coefficient else BalanceConfig(0.0, gradient=gradient)
             found.append(step_gradients(folder, config, mixtral(), **changes))
     with_it, without = found
     return {name: with_it[name] - without[name] for name in with_it}

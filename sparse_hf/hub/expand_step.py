@@ -1,0 +1,104 @@
+"""The step that gives a stored tensor its zeros, as Transformers takes it before all else it does with a weight."""
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.core_model_loading import ConversionOps, build_glob_alternation
+
+from sparse_hf.storage.compressed_tensor import LONGEST_HEAD, StoredForm, expand_tensor, read_form
+
+
+# safetensors' names -> torch's.
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+
+
+class Expand(ConversionOps):
+    """Give stored tensors their zeros, and every tensor the dtype in which a dense checkpoint would be read.
+
+    Transformers turns what goes wrong in a step into a report; so the first error is kept for the quantizer to raise,
+    and zeros take the place of the tensor until then.
+    """
+
+    def __init__(self, wanted: dict[str, Tensor], dtype_plan: dict[str, torch.dtype], most_elements: int) -> None:
+        """
+        Args:
+            wanted: the model's state dict, for its dtypes.
+            dtype_plan: patterns of parameters that are kept in another dtype than the model's.
+            most_elements: of a stored tensor.
+        """
+        self.error: ValueError | None = None
+        self._dtypes = {name: tensor.dtype for name, tensor in wanted.items() if isinstance(tensor, Tensor)}
+        self._plan = dtype_plan
+        self._patterns, self._planned, _ = build_glob_alternation(list(dtype_plan)) if dtype_plan else (None, {}, {})
+        self._most_elements = most_elements
+
+    def __deepcopy__(self, memo: dict) -> "Expand":
+        return self  # converters are copied for every parameter; the error must be seen in one place
+
+    @torch.no_grad()
+    def convert(
+        self,
+        input_dict: dict[str, Tensor | list[Tensor]],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        full_layer_name: str = "",
+        **others: object,
+    ) -> dict[str, list[Tensor]]:
+        """Called by Transformers with the tensors of one or more parameters, by the pattern that each matched."""
+        dtype = self._dtype_of(full_layer_name)
+        expanded = {
+            name: [self._expanded(one).to(dtype) for one in (tensors if isinstance(tensors, list) else [tensors])]
+            for name, tensors in input_dict.items()
+        }
+        alone = target_patterns == [r"\1"]
+        return {full_layer_name: next(iter(expanded.values()))} if alone else expanded
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """Never asked for: after loading, converters are as they were."""
+        raise NotImplementedError
+
+    def _dtype_of(self, name: str) -> torch.dtype | None:
+        match = self._patterns and self._patterns.search(name)
+        return self._plan[self._planned[match.lastgroup]] if match else self._dtypes.get(name)
+
+    def _expanded(self, tensor: Tensor) -> Tensor:
+        if not is_stored_tensor(tensor):
+            return tensor
+        stored = tensor.cpu().numpy()
+        try:
+            data, form = expand_tensor(stored, self._most_elements)
+        except ValueError as error:
+            self.error = self.error or error
+            form = read_form(stored[:LONGEST_HEAD].tobytes(), len(stored), self._most_elements)
+            return torch.zeros(form.shape, dtype=DTYPES[form.dtype], device=tensor.device)
+        return _as_tensor(data, form).to(tensor.device)
+
+
+def _as_tensor(data: np.ndarray, form: StoredForm) -> Tensor:
+    return torch.from_numpy(data).view(DTYPES[form.dtype]).reshape(form.shape)
+
+
+def is_stored_tensor(tensor: Tensor) -> bool:
+    """Whether a tensor of a compressed checkpoint is in one of our forms: all that are uint8 and 1-D are."""
+    return tensor.dtype == torch.uint8 and tensor.ndim == 1
