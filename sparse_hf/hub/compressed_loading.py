@@ -82,9 +82,10 @@ class CompressedQuantizer(HfQuantizer):
             )
         wanted = model.state_dict()
         self._shapes = {name: tensor.shape for name, tensor in wanted.items() if isinstance(tensor, Tensor)}
-        most = max((tensor.numel() for tensor in wanted.values() if isinstance(tensor, Tensor)), default=0)
         for file in checkpoint_files:
-            forms_of(read_header(Path(file)).values(), most)
+            forms_of(read_header(Path(file)).values())  # refuses what is damaged, before anything is loaded
+        # Fused matrices that are split while they are read are larger than any parameter, but not than all of them.
+        most = sum(tensor.numel() for tensor in wanted.values() if isinstance(tensor, Tensor))
         self._expand = Expand(wanted, model._get_dtype_plan(model.config.dtype), most)
 
     def update_weight_conversions(

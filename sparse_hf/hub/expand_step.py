@@ -90,8 +90,9 @@ class Expand(ConversionOps):
             data, form = expand_tensor(stored, self._most_elements)
         except ValueError as error:
             self.error = self.error or error
-            form = read_form(stored[:LONGEST_HEAD].tobytes(), len(stored), self._most_elements)
-            return torch.zeros(form.shape, dtype=DTYPES[form.dtype], device=tensor.device)
+            form = read_form(stored[:LONGEST_HEAD].tobytes(), len(stored))
+            shape = form.shape if form.size <= self._most_elements else (0,)
+            return torch.zeros(shape, dtype=DTYPES[form.dtype], device=tensor.device)
         return _as_tensor(data, form).to(tensor.device)
 
 

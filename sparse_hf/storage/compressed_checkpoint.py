@@ -29,17 +29,14 @@ def read_forms(folder: Path) -> dict[str, StoredForm]:
     return forms_of(read_headers(folder, COMPRESSED_FILE, COMPRESSED_INDEX).values())
 
 
-def forms_of(tensors: Iterable[StoredTensor], most_elements: int | None = None) -> dict[str, StoredForm]:
+def forms_of(tensors: Iterable[StoredTensor]) -> dict[str, StoredForm]:
     """How tensors that are described by headers of a compressed checkpoint are stored, by name.
-
-    Args:
-        most_elements: refuse a compressed tensor of more; None for no limit but that of the forms.
 
     Raises:
         ValueError: a file is truncated, damaged or hostile.
     """
     with SourceFiles() as sources:
-        return {tensor.name: form_of(tensor, sources, most_elements) for tensor in tensors}
+        return {tensor.name: form_of(tensor, sources) for tensor in tensors}
 
 
 def is_compressed(folder: Path) -> bool:
@@ -47,13 +44,13 @@ def is_compressed(folder: Path) -> bool:
     return (folder / COMPRESSED_FILE).is_file() or (folder / COMPRESSED_INDEX).is_file()
 
 
-def form_of(tensor: StoredTensor, sources: SourceFiles, most_elements: int | None = None) -> StoredForm:
+def form_of(tensor: StoredTensor, sources: SourceFiles) -> StoredForm:
     """`forms_of` for one tensor."""
     if not is_stored_like(tensor.dtype, tensor.shape):
         return StoredForm("dense", tensor.dtype, tensor.shape, None, tensor.length)
     head = sources.read(tensor.file, tensor.offset, min(tensor.length, LONGEST_HEAD))
     try:
-        return read_form(head, tensor.length, most_elements)
+        return read_form(head, tensor.length)
     except ValueError as error:
         raise in_file(tensor, error) from error
 

@@ -6,10 +6,11 @@ import shutil
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from sparse_hf import StructuredTicket, save_compressed, save_dense, slim
+from sparse_hf.hub.expand_step import Expand
 from sparse_hf.storage.compressed_checkpoint import COMPRESSED_FILE
 from sparse_hf.storage.tensor_headers import read_header
 from tiny_models import HEADS
@@ -166,7 +167,7 @@ def test_hostile_weights_are_one_clear_error(tmp_path):
     def unset_a_bit(part):
         part[len(part) - 9] ^= 255
 
-    for number, (change, problem) in enumerate(((claim_to_be_huge, "larger than any"), (unset_a_bit, "marks"))):
+    for number, (change, problem) in enumerate(((claim_to_be_huge, "cannot take"), (unset_a_bit, "marks"))):
         folder = damaged(small, tmp_path / str(number), change)
         with pytest.raises(ValueError, match=f"A stored tensor is not usable.*{problem}"):
             AutoModelForCausalLM.from_pretrained(folder)
@@ -199,3 +200,16 @@ def test_a_shard_that_is_truncated(tmp_path):
     (small / COMPRESSED_FILE).write_bytes(content[:-5])
     with pytest.raises(ValueError, match="truncated, damaged or hostile"):
         AutoModelForCausalLM.from_pretrained(small)
+
+
+def test_a_tensor_larger_than_the_model_is_never_allocated(tmp_path):
+    # All zeros are stored as a bit per 32 elements: 16 MiB of them take 16 KiB.
+    weights, config = {"weight": torch.zeros(4096, 1024)}, {"model_type": "llama"}
+    save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_compressed(tmp_path, tmp_path / "small")
+    stored = load_file(tmp_path / "small" / COMPRESSED_FILE)["weight"]
+    step = Expand({"weight": torch.zeros(8, 8)}, {}, 64)
+    (found,) = step.convert({"any": [stored]}, ["any"], [r"\1"], full_layer_name="weight")["weight"]
+    assert found.numel() == 0
+    assert "larger than any" in str(step.error)
