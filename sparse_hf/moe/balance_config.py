@@ -52,7 +52,7 @@ class BalanceConfig:
         default=0.0,
         metadata={
             "help": "What the bias of the choice of each expert moves after an optimizer step, down if its load was "
-            "above the mean, else up (DeepSeek-V3 took 0.001); for families that have this bias."
+            "above the mean, else up (arXiv 2408.15664 took 0.001); for families that have this bias."
         },
     )
     float32_routers: bool = field(

@@ -23,6 +23,7 @@ from training.tiny_balance import balance_gradients, relative_error, routers_of,
 KINDS = ("routers", "network", "stock")
 # (rows per process and micro-batch, accumulation) by two processes
 TWO = ((4, 1), (2, 2))
+GLOO = {"ddp_backend": "gloo"}
 
 # Importing takes longer than the trainings, so it is done once, in front of the fork.
 SCRIPT = """
@@ -44,11 +45,11 @@ def gradients_of(folder, kind, batch, accumulation, **changes):
     return balance_gradients(folder, None if kind == "stock" else kind, **changes)
 
 
-def moved_biases(folder, batch, accumulation):
+def moved_biases(folder, batch, accumulation, **changes):
     """The biases of the choice after one step."""
     model = biased("glm4_moe")
-    changes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
-    trainer(folder, BalanceConfig(0.0, bias_rate=0.25), model, ddp_backend="gloo", **changes).train()
+    changes |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    trainer(folder, BalanceConfig(0.0, bias_rate=0.25), model, **changes).train()
     return biases_of(model)
 
 
@@ -57,10 +58,10 @@ def run_one_process(folder: str) -> None:
     found = {}
     for kind in KINDS:
         for batch, accumulation in TWO:
-            gradients = gradients_of(Path(folder) / "run", kind, batch, accumulation, ddp_backend="gloo")
+            gradients = gradients_of(Path(folder) / "run", kind, batch, accumulation, **GLOO)
             assert torch.distributed.get_world_size() == 2
             found |= {f"{kind}.{batch}.{accumulation}/{name}": one for name, one in gradients.items()}
-    found |= {f"bias/{layer}": one for layer, one in enumerate(moved_biases(Path(folder) / "run", 2, 2))}
+    found |= {f"bias/{layer}": one for layer, one in enumerate(moved_biases(Path(folder) / "run", 2, 2, **GLOO))}
     save_file(found, Path(folder) / f"rank-{os.environ['RANK']}.safetensors")
 
 
