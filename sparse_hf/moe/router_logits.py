@@ -26,6 +26,8 @@ EXPERT_COUNTS = {
 }
 SIGMOID_ROUTED = ("glm4_moe", "dots1", "lfm2_moe", "deepseek_v3")  # all others by a softmax; Cohere2's config says
 ROUTER_NAMES = ("gate", "router")
+# Kinds of routers of our own mixtures.
+UNREAD = {"expert_choice": "each expert takes equally many tokens", "hash": "a table decides, and nothing is trained"}
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,12 @@ class RouterReader:
             raise ValueError(
                 f"Routers can be read of {', '.join(EXPERT_COUNTS)}, got a model of type {config.model_type!r}: it is "
                 "dense, or its routers are not known."
+            )
+        kind = getattr(config, "router", "top_k") if config.model_type.startswith(MODEL_TYPE) else "top_k"
+        if kind in UNREAD:
+            raise ValueError(
+                f"Routers of kind {kind!r} have no choice by logits that could be read or balanced: {UNREAD[kind]}. "
+                "Leave `balance` out."
             )
         self.model_type = config.model_type
         self.experts = getattr(config, EXPERT_COUNTS[config.model_type])
@@ -135,8 +143,8 @@ class RouterReader:
         if len(weights) != 1 or len(biases) > 1 or len(weights) + len(biases) != len(trained):
             raise ValueError(
                 f"A router must train one weight of {self.experts} rows and nothing but a bias beside it, but in "
-                f"`{layer.name}` {', '.join(trained)} are trained. Where PEFT wraps routers, use `modules_to_save` "
-                'for them, or `BalanceConfig(gradient="network")`.'
+                f"`{layer.name}` {', '.join(trained)} are trained. Cosine routers need "
+                '`BalanceConfig(gradient="network")`; routers that PEFT wraps this or `modules_to_save`.'
             )
         return weights[0], biases[0] if biases else None
 
@@ -161,9 +169,10 @@ class RouterReader:
             )
         (arguments, output), passed = routed[0], called[0]
         outputs = output if isinstance(output, tuple) else (output,)
-        # Their place differs between families and releases (Granite's between 5.17 and 5.23).
-        logits = [one for one in outputs if self._is_logits(one)]
-        chosen = passed[1] if len(passed) == 3 else None
+        chosen, weights = passed[1:] if len(passed) == 3 else (None, None)
+        # Their place differs between families and releases (Granite's between 5.17 and 5.23). Where all experts are
+        # chosen the weights, which go to the experts too, have the same shape.
+        logits = [one for one in outputs if self._is_logits(one) and one is not weights]
         fits = (
             len(logits) == 1
             and isinstance(chosen, Tensor)
@@ -173,8 +182,8 @@ class RouterReader:
         )
         if not fits:
             raise ValueError(
-                f"The router of `{name}` must return logits for {self.experts} experts, and choose fewer per token "
-                f"than all, but this {self.model_type} model does not: this release of Transformers runs it in "
+                f"The router of `{name}` must return logits for {self.experts} experts, and the experts take what is "
+                f"chosen by them, but this {self.model_type} model does not: this release of Transformers runs it in "
                 "another way."
             )
         inputs = arguments[0].detach()

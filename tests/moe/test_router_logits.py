@@ -4,9 +4,10 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from moe.test_usage import FAMILIES
+from sparse_hf import RouterConfig
 from sparse_hf.algorithms.balance import token_probabilities
 from sparse_hf.moe.read_mixture import TARGETS
 from sparse_hf.moe.router_logits import EXPERT_COUNTS, RouterReader, check_linear, counted_tokens
@@ -138,10 +139,24 @@ def test_what_is_not_read_is_an_error():
     assert len(routings) == 2
 
 
-def test_every_expert_for_every_token_is_refused():
-    model = AutoModelForCausalLM.from_config(tiny_config("mixtral", num_experts_per_tok=4))
-    with pytest.raises(ValueError, match="choose fewer per token than all"):
-        read(model, tiny_inputs(model))
+@pytest.mark.parametrize("family", ["mixtral", "qwen3-moe", "gpt-oss"])
+def test_every_expert_for_every_token(family):
+    """Logits and weights then have the same shape."""
+    model = AutoModelForCausalLM.from_config(tiny_config(family, num_experts_per_tok=4))
+    reader, routings, _ = read(model, tiny_inputs(model))
+    for name, one, (weight, bias) in zip(reader.names, routings, reader.linear_routers(), strict=True):
+        check_linear(one, weight, bias, name)
+        assert torch.equal(one.chosen.sort(dim=-1).values, torch.arange(4).expand(16, 4))
+
+
+@pytest.mark.parametrize("kind", ["expert_choice", "hash"])
+def test_routers_of_ours_without_a_choice_by_logits(kind, tmp_path):
+    tiny_dense("bert").save_pretrained(tmp_path / "dense")
+    top_k = 1 if kind == "hash" else 2
+    convert(tmp_path / "dense", tmp_path / "moe", router=RouterConfig(kind), top_k=top_k, check_tokens=0)
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "moe")
+    with pytest.raises(ValueError, match=f"kind '{kind}' have no choice by logits"):
+        RouterReader(model)
 
 
 def test_frozen_routers_and_others_than_linear_ones():
