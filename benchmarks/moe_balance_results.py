@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
-    for seed in SEEDS if not options.report else ():
+    for seed in () if options.report else SEEDS:
         for name in options.arms:
             run_once(
                 options.output_dir,
