@@ -73,11 +73,6 @@ class Expand(ConversionOps):
         alone = target_patterns == [r"\1"]
         return {full_layer_name: next(iter(expanded.values()))} if alone else expanded
 
-    @property
-    def reverse_op(self) -> ConversionOps:
-        """Never asked for: after loading, converters are as they were."""
-        raise NotImplementedError
-
     def _dtype_of(self, name: str) -> torch.dtype | None:
         match = self._patterns and self._patterns.search(name)
         return self._plan[self._planned[match.lastgroup]] if match else self._dtypes.get(name)

@@ -15,7 +15,6 @@ from sparse_hf.algorithms.budgets import (
 )
 from sparse_hf.algorithms.scores import gradient_scores, random_scores
 from sparse_hf.algorithms.selection import keep_largest
-from sparse_hf.algorithms.sharded_tensors import local_part
 from sparse_hf.anatomy.sites import Site
 from sparse_hf.tickets.config_checks import check_choice
 from sparse_hf.tickets.configs import Budget, Score
@@ -71,11 +70,11 @@ def draw_masks(
         names = [site.name for site in sites]
         kept = keep_largest(scores, keep, candidates=candidates, names=names, shards=held.layout, **options)
     else:
-        capacities = _totals(held, candidates) if candidates is not None else held.layout.numels
+        capacities = held.totals(candidates) if candidates is not None else held.layout.numels
         counts = _counts([site.shape for site in sites], keep, list(capacities), budget)
         kept = _keep_by_site(held, scores, counts, candidates, options)
     _warn_of_collapse(held, kept)
-    return _join(held, kept, parameters)
+    return held.join(kept, parameters)
 
 
 def _keep_by_site(
@@ -85,33 +84,23 @@ def _keep_by_site(
     candidates: Sequence[Tensor] | None,
     options: Mapping[str, object],
 ) -> list[Tensor]:
-    kept: list[Tensor | None] = [None] * len(scores)
+    kept: list[Tensor] = []  # in the order of the sites, which is that of the pieces
     for position, count in enumerate(counts):
-        numbers, layout = held.of_site(position)
-        masks = keep_largest(
-            [scores[number] for number in numbers],
+        here = [held.numbers[position]] if position in held.numbers else []
+        kept += keep_largest(
+            [scores[number] for number in here],
             count,
-            candidates=None if candidates is None else [candidates[number] for number in numbers],
+            candidates=None if candidates is None else [candidates[number] for number in here],
             names=[held.sites[position].name],
-            shards=layout,
+            shards=held.layout_of(position),
             **options,
         )
-        for number, mask in zip(numbers, masks, strict=True):
-            kept[number] = mask
     return kept
-
-
-def _totals(held: SitePieces, masks: Sequence[Tensor]) -> list[int]:
-    """How many entries are True in each whole site."""
-    counts = [0] * len(held.sites)
-    for piece, mask in zip(held.pieces, masks, strict=True):
-        counts[piece.position] += int(mask.sum())
-    return held.layout.all_reduce_sum(torch.tensor(counts, dtype=torch.int64)).tolist()
 
 
 def _warn_of_collapse(held: SitePieces, kept: Sequence[Tensor]) -> None:
     """One threshold for all empties matrices whose weights are small by scale; what needs them then cannot learn."""
-    counts, numels = _totals(held, kept), held.layout.numels
+    counts, numels = held.totals(kept), held.layout.numels
     density = sum(counts) / sum(numels)
     found = zip(held.sites, counts, numels, strict=True)
     densities = {site.name: count / numel for site, count, numel in found}
@@ -151,12 +140,12 @@ def _random_scores(held: SitePieces, weights: Sequence[Tensor], generator: torch
     """Of every site the numbers that one process would draw, of which this rank keeps its own."""
     if generator is None:
         raise ValueError("score='random' needs a `generator`, got None. Seed one with `torch.Generator()`.")
-    scores: list[Tensor | None] = [None] * len(weights)
+    scores = []
     for position, site in enumerate(held.sites):
         drawn = random_scores(torch.empty(math.prod(site.shape)), generator)
-        for number in held.of_site(position)[0]:
-            weight, start = weights[number], held.pieces[number].start
-            scores[number] = drawn[start : start + weight.numel()].view(weight.shape).to(weight.device)
+        if position in held.numbers:
+            weight, start = weights[len(scores)], held.pieces[len(scores)].start
+            scores.append(drawn[start : start + weight.numel()].view(weight.shape).to(weight.device))
     return scores
 
 
@@ -165,34 +154,3 @@ def _counts(shapes: list[tuple[int, int]], keep: int, capacities: list[int], bud
         return uniform_budget([rows * columns for rows, columns in shapes], keep, capacities)
     counter = {"erdos_renyi": erdos_renyi_budget, "erdos_renyi_kernel": erdos_renyi_kernel_budget}[budget]
     return counter(shapes, keep, capacities)
-
-
-def _join(held: SitePieces, kept: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Masks of this rank's parts of the parameters."""
-    masks: dict[str, Tensor] = {}
-    for site in held.sites:
-        local = local_part(parameters[site.parameter])
-        # Experts that are no site (excluded by a pattern) stay dense.
-        masks.setdefault(site.parameter, torch.ones(local.shape, dtype=torch.bool, device=local.device))
-    for piece, mask in zip(held.pieces, kept, strict=True):
-        if piece.expert is None:
-            masks[piece.parameter] = mask
-        else:
-            masks[piece.parameter][piece.expert].copy_(mask)
-    return masks
-
-
-def join_sites(sites: Sequence[Site], kept: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Masks by parameter from one mask per site: those of the experts of a layer are joined."""
-    masks: dict[str, Tensor] = {}
-    for site, mask in zip(sites, kept, strict=True):
-        if site.expert is None:
-            masks[site.parameter] = mask
-            continue
-        parameter = parameters[site.parameter]
-        # Experts that are no site (excluded by a pattern) stay dense.
-        whole = masks.setdefault(
-            site.parameter, torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device)
-        )
-        site.part(whole).copy_(mask)
-    return masks

@@ -3,7 +3,9 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from sparse_hf.algorithms.shard_layout import ShardLayout
@@ -13,7 +15,7 @@ from sparse_hf.anatomy.sites import Site
 
 @dataclass(frozen=True)
 class SitePiece:
-    """Neighbouring weights of one site that this rank holds.
+    """The neighbouring weights of one site that this rank holds.
 
     Attributes:
         position: of the site in the list of sites.
@@ -34,22 +36,54 @@ class SitePiece:
 
 @dataclass(frozen=True)
 class SitePieces:
-    """The pieces of all sites that this rank holds, with the layout of the whole."""
+    """The pieces of all sites that this rank holds, at most one of each, with the layout of the whole."""
 
     sites: Sequence[Site]
     pieces: tuple[SitePiece, ...]
     layout: ShardLayout
 
-    def of_site(self, position: int) -> tuple[list[int], ShardLayout]:
-        """The numbers of one site's pieces, and the layout of this site alone."""
-        numbers = [number for number, piece in enumerate(self.pieces) if piece.position == position]
-        starts = tuple(self.pieces[number].start for number in numbers)
-        numel = self.layout.numels[position]
-        return numbers, ShardLayout((numel,), (0,) * len(numbers), starts, self.layout.all_reduce_sum)
+    @cached_property
+    def numbers(self) -> dict[int, int]:
+        """The number of the piece of each site that has one here, by the site's position."""
+        return {piece.position: number for number, piece in enumerate(self.pieces)}
+
+    def layout_of(self, position: int) -> ShardLayout:
+        """Of one site alone."""
+        starts = (self.pieces[self.numbers[position]].start,) if position in self.numbers else ()
+        return ShardLayout((self.layout.numels[position],), (0,) * len(starts), starts, self.layout.all_reduce_sum)
 
     def take(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
         """Each piece in parameters, gradients or masks: sharded ones, or this rank's parts."""
         return [piece.part(local_part(tensors[piece.parameter])) for piece in self.pieces]
+
+    def totals(self, masks: Sequence[Tensor]) -> list[int]:
+        """How many entries are True in each whole site, from a mask of each piece; all ranks ask together."""
+        counts = [0] * len(self.sites)
+        for piece, mask in zip(self.pieces, masks, strict=True):
+            counts[piece.position] = int(mask.sum())
+        return self.layout.all_reduce_sum(torch.tensor(counts, dtype=torch.int64)).tolist()
+
+    def join(self, masks: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Masks of this rank's parts of the parameters from a mask of each piece."""
+        joined: dict[str, Tensor] = {}
+        for piece, mask in zip(self.pieces, masks, strict=True):
+            if piece.expert is None:
+                joined[piece.parameter] = mask
+                continue
+            if piece.parameter not in joined:
+                # Experts that are no site (excluded by a pattern) stay dense.
+                joined[piece.parameter] = _all_kept(parameters[piece.parameter])
+            joined[piece.parameter][piece.expert].copy_(mask)
+        # A rank may hold nothing of a parameter, and the order is the sites' on all ranks.
+        return {
+            name: joined[name] if name in joined else _all_kept(parameters[name])
+            for name in dict.fromkeys(site.parameter for site in self.sites)
+        }
+
+
+def _all_kept(parameter: Tensor) -> Tensor:
+    local = local_part(parameter)
+    return torch.ones(local.shape, dtype=torch.bool, device=local.device)
 
 
 def pieces_of(sites: Sequence[Site], parameters: Mapping[str, Tensor]) -> SitePieces:

@@ -15,10 +15,10 @@ from sparse_hf.anatomy.sites import find_sites
 from sparse_hf.storage.durable import write_json
 from sparse_hf.storage.locations import local_folder
 from sparse_hf.storage.mask_file import MASKS_FILE, load_bits, save_bits
-from sparse_hf.tickets.draw import join_sites
 from sparse_hf.tickets.fingerprint import base_fingerprint
 from sparse_hf.tickets.fit import misfits, near
 from sparse_hf.tickets.origin import TicketOrigin, origin_of, read_origin
+from sparse_hf.tickets.site_pieces import pieces_of
 from sparse_hf.tickets.ticket_folder import DESCRIPTION_FILE, find_masks_file, push_ticket, write_ticket_folder
 
 
@@ -66,9 +66,9 @@ class Ticket:
         A weight that is kept but happens to be zero counts as pruned; `trainer.ticket` knows the difference.
         """
         parameters = named_canonical_parameters(model)
-        sites = find_sites(model, include, exclude)
-        kept = [site.part(parameters[site.parameter].detach()) != 0 for site in sites]
-        return cls.from_masks(join_sites(sites, kept, parameters), origin_of(model))
+        held = pieces_of(find_sites(model, include, exclude), parameters)
+        masks = held.join([part != 0 for part in held.take(parameters)], parameters)
+        return cls.from_masks(masks, origin_of(model))
 
     def mask(self, name: str) -> Tensor:
         """Bool mask of one parameter, True = kept.
