@@ -1,7 +1,6 @@
 """A picture of the experts' load at the end of a training."""
 
 import importlib.util
-import re
 from pathlib import Path
 
 import torch
@@ -12,7 +11,8 @@ from transformers.trainer_utils import IntervalStrategy
 
 from sparse_hf.algorithms.balance import chosen_counts
 from sparse_hf.hub.expert_load_picture import plot_expert_load
-from sparse_hf.moe.router_logits import RouterReader
+from sparse_hf.moe.counted_tokens import counted_tokens
+from sparse_hf.moe.router_logits import RouterReader, layer_number
 
 
 class ExpertLoadCallback(TrainerCallback):
@@ -93,7 +93,7 @@ class ExpertLoadCallback(TrainerCallback):
             return
         path = Path(self.picture or Path(args.output_dir) / "expert_load.png")
         path.parent.mkdir(parents=True, exist_ok=True)
-        numbers = [(re.findall(r"\d+", name) or [name])[0] for name in self._names]
+        numbers = [layer_number(name) for name in self._names]
         plot_expert_load(self.counts[step], path, f"Expert load in the evaluation after step {step}", numbers)
 
     def _see_mask(self, model: nn.Module, arguments: tuple, inputs: dict[str, object]) -> None:
@@ -102,16 +102,8 @@ class ExpertLoadCallback(TrainerCallback):
     def _count(self, layer: int, experts: nn.Module, arguments: tuple) -> None:
         if experts.training or len(arguments) != 3:
             return
-        chosen, mask = arguments[1], self._mask
-        if mask is None:
-            counted = torch.ones(len(chosen), dtype=torch.bool, device=chosen.device)
-        elif isinstance(mask, Tensor) and mask.ndim == 2 and mask.numel() == len(chosen):
-            counted = mask.reshape(-1).to(chosen.device) != 0
-        else:
-            raise ValueError(
-                f"`attention_mask` must tell padding of the {len(chosen)} tokens as (batch, length) in evaluations, "
-                "but does not. Leave `ExpertLoadCallback` out, and use `plot_expert_load`."
-            )
+        chosen = arguments[1]
+        counted = counted_tokens(self._mask, len(chosen), chosen.device)
         self._running[layer] += chosen_counts(chosen, counted, self._running.shape[1]).to(self._running.device)
 
     def _let_go(self) -> None:

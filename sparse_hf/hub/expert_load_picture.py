@@ -20,7 +20,7 @@ def plot_expert_load(
     load: ExpertUsage | Tensor,
     path: str | Path,
     title: str | None = None,
-    layers: Sequence[str] | None = None,
+    layers: Sequence[object] | None = None,
 ) -> Path:
     """Draw how often each expert was chosen, against a fair share, as a heat map, and save it.
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from sparse_hf.algorithms.specialisation import Specialisation, specialisation
-from sparse_hf.moe.expert_calls import counted_in, expert_calls, experts_by_block
+from sparse_hf.moe.counted_tokens import counted_tokens
+from sparse_hf.moe.expert_calls import expert_calls, experts_by_block
 from sparse_hf.moe.router_logits import EXPERT_COUNTS
 
 
@@ -86,4 +87,4 @@ def _labels(batch: Mapping[str, Tensor], column: str, tokens: int, classes: int)
             f"`{column}` must hold numbers below {classes}, one per name in `classes`, got {labels.max()}."
         )
     each = labels.repeat_interleave(tokens // len(labels)) if labels.ndim == 1 else labels.flatten()
-    return each.long().masked_fill(~counted_in(batch, tokens), -1)
+    return each.long().masked_fill(~counted_tokens(batch.get("attention_mask"), tokens), -1)

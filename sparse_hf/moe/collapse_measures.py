@@ -13,7 +13,8 @@ from sparse_hf.algorithms.representation_collapse import (
     output_similarity,
     weight_similarity,
 )
-from sparse_hf.moe.expert_calls import ExpertCall, counted_in, expert_calls, experts_by_block
+from sparse_hf.moe.counted_tokens import counted_tokens
+from sparse_hf.moe.expert_calls import ExpertCall, expert_calls, experts_by_block
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def measure_collapse(
     sample = TokenSample(compared_tokens, seed)
     for batch in batches:
         calls = expert_calls(model, experts, batch)
-        counted = counted_in(batch, len(next(iter(calls.values())).hidden))
+        counted = counted_tokens(batch.get("attention_mask"), len(next(iter(calls.values())).hidden))
         for name, call in calls.items():
             spreads[name].add(call.hidden[counted.to(call.hidden.device)])
         sample.add(calls, counted)

@@ -22,10 +22,12 @@ class ExpertCall:
     Attributes:
         hidden: (tokens, hidden).
         chosen: integer (tokens, top_k).
+        weights: of the chosen experts, (tokens, top_k).
     """
 
     hidden: Tensor
     chosen: Tensor
+    weights: Tensor
 
 
 def experts_by_block(model: nn.Module) -> dict[str, nn.Module]:
@@ -58,40 +60,24 @@ def expert_calls(
             hook = module.register_forward_pre_hook(lambda _, arguments, name=name: calls[name].append(arguments))
             hooks.callback(hook.remove)
         model(**{name: value.to(model.device) for name, value in batch.items() if name != "labels"})
-    return {name: _call(name, called) for name, called in calls.items()}
+    return {name: _call(name, experts[name].num_experts, called) for name, called in calls.items()}
 
 
-def counted_in(batch: Mapping[str, Tensor], tokens: int) -> Tensor:
-    """Bool (tokens,), on the CPU: those that are not padding by the batch's `attention_mask`; without one all.
-
-    Raises:
-        ValueError: the mask is not (batch, length) as the tokens are.
-    """
-    mask = batch.get("attention_mask")
-    if mask is None:
-        return torch.ones(tokens, dtype=torch.bool)
-    if mask.ndim != 2 or mask.numel() != tokens:
-        raise ValueError(
-            f"`attention_mask` must tell padding of the {tokens} tokens as (batch, length), got {list(mask.shape)}. "
-            "Leave it out where there is no padding."
-        )
-    return mask.flatten().cpu() != 0
-
-
-def _call(name: str, called: list[tuple]) -> ExpertCall:
+def _call(name: str, experts: int, called: list[tuple]) -> ExpertCall:
     arguments = called[0] if len(called) == 1 else ()
-    hidden, chosen = arguments[:2] if len(arguments) == 3 else (None, None)
+    hidden, chosen, weights = arguments if len(arguments) == 3 else (None, None, None)
     fits = (
-        isinstance(hidden, Tensor)
-        and isinstance(chosen, Tensor)
+        all(isinstance(one, Tensor) and one.ndim == 2 for one in (hidden, chosen, weights))
         and chosen.dtype in (torch.int32, torch.int64)
-        and hidden.ndim == chosen.ndim == 2
+        and weights.is_floating_point()
         and len(hidden) == len(chosen)
+        and chosen.shape == weights.shape
+        and bool(((chosen >= 0) & (chosen < experts)).all())
     )
     if not fits:
         raise ValueError(
-            f"The experts of `{name}` must be called once with hidden states, choice and weights of all tokens, got "
-            f"{len(called)} calls, or other arguments: the block is replaced, or this release of Transformers runs it "
-            "in another way."
+            f"The experts of `{name}` must be called once with hidden states, numbers below {experts} and their "
+            f"weights, for all tokens, got {len(called)} calls, or other arguments: the block is replaced, or this "
+            "release of Transformers runs it in another way."
         )
-    return ExpertCall(hidden, chosen)
+    return ExpertCall(hidden, chosen, weights)

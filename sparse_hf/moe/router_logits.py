@@ -1,6 +1,6 @@
 """What do the routers of a Transformers model compute while it trains, and which experts do they choose?"""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -198,6 +198,11 @@ class RouterReader:
         )
 
 
+def layer_number(name: str) -> int:
+    """The number of the layer that the block `name` is in, such as 3 of `model.layers.3.mlp`."""
+    return next(int(part) for part in name.split(".") if part.isdecimal())
+
+
 def check_linear(routing: Routing, weight: Tensor, bias: Tensor | None, name: str) -> None:
     """Raise ValueError unless the logits are, up to rounding, `weight` times the inputs (plus the bias)."""
     with torch.no_grad():
@@ -212,25 +217,6 @@ def check_linear(routing: Routing, weight: Tensor, bias: Tensor | None, name: st
             f"The logits of `{name}` must be its trained weight times its input, but they are not: something else "
             'takes part in routing. Use `BalanceConfig(gradient="network")`.'
         )
-
-
-def counted_tokens(inputs: Mapping[str, object], routing: Routing) -> Tensor:
-    """Bool (tokens,): those that are not padding by `attention_mask`; without one all.
-
-    Raises:
-        ValueError: the mask is not (batch, length) as the tokens are, such as a 4-D mask, which says what may be
-            looked at, not what is padding.
-    """
-    tokens, mask = len(routing.logits), inputs.get("attention_mask")
-    if mask is None:
-        return torch.ones(tokens, dtype=torch.bool, device=routing.logits.device)
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.numel() != tokens:
-        found = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(
-            f"`attention_mask` must tell padding of the {tokens} tokens as (batch, length), got {found}. Leave it out "
-            "where there is no padding."
-        )
-    return (mask != 0).reshape(-1).to(routing.logits.device)
 
 
 def _scores(config: PreTrainedConfig) -> Scores:

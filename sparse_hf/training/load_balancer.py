@@ -27,9 +27,10 @@ from sparse_hf.algorithms.balance import chosen_fractions, probability_sums, swi
 from sparse_hf.algorithms.expert_load import expert_load, variation_by_chance
 from sparse_hf.moe.balance_config import BalanceConfig
 from sparse_hf.moe.balance_objective import MicroBatch, Totals, losses_by_layer, micro_batch, weighted
+from sparse_hf.moe.counted_tokens import counted_tokens
 from sparse_hf.moe.float32_routers import Float32Routers
 from sparse_hf.moe.own_balance_loss import turn_off_own_balance_loss
-from sparse_hf.moe.router_logits import RouterReader, Routing, check_linear, counted_tokens
+from sparse_hf.moe.router_logits import RouterReader, Routing, check_linear
 from sparse_hf.moe.selection_bias import hold_in_float32, move_selection_biases, selection_biases
 from sparse_hf.moe.sequence_numbers import sequence_numbers
 
@@ -150,9 +151,9 @@ class LoadBalancer(TrainerCallback):
         self._current = self._read(inputs, routings)
 
     def _read(self, inputs: Mapping[str, object], routings: list[Routing]) -> MicroBatch:
-        counted, sequences = counted_tokens(inputs, routings[0]), None
-        if self.config.sequence:
-            sequences = sequence_numbers(inputs, len(counted), counted.device)
+        logits = routings[0].logits
+        counted = counted_tokens(inputs.get("attention_mask"), len(logits), logits.device)
+        sequences = sequence_numbers(inputs, len(counted), counted.device) if self.config.sequence else None
         to_network = self.config.has_losses and self.config.gradient == "network"
         if self.config.has_losses and not to_network and not self._checked:
             for name, one, linear in zip(self.reader.names, routings, self.reader.linear_routers(), strict=True):

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from cards.folders import save_mixture, save_slim_model, save_sparse_model, save_structured_ticket
+from pretended_packages import pretend
 from sparse_hf import inspect, write_card
-from sparse_hf.cards import card
 from sparse_hf.cards.card import draw_layers, known_metrics, make_card
 from sparse_hf.cards.inspection import Inspection
 from sparse_hf.cards.loading import CONFIGS, making_code
@@ -46,7 +46,7 @@ def test_pictures(tmp_path, monkeypatch):
     assert draw_layers(units, tmp_path / "a.png") == "a.png"
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert draw_layers(inspect(save_mixture(tmp_path / "dense")), tmp_path / "b.png") is None  # nothing is gone
-    monkeypatch.setattr(card.importlib.util, "find_spec", lambda name: None)
+    pretend(monkeypatch, "matplotlib", installed=False)
     assert draw_layers(units, tmp_path / "c.png") is None
     write_card(tmp_path / "units")
     assert "![" not in (tmp_path / "units" / "README.md").read_text()

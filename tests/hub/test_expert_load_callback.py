@@ -1,11 +1,10 @@
 """The picture at the end of a training shows what the last evaluation's tokens chose."""
 
-import importlib.util
-
 import pytest
 import torch
 from transformers import TrainerState
 
+from pretended_packages import pretend
 from sparse_hf import ExpertLoadCallback, expert_usage
 from sparse_hf.hub import expert_load_callback
 from training.tiny_balance import mixtral, rows, trainer
@@ -16,7 +15,7 @@ def drawn(monkeypatch):
     """What would be drawn, instead of pictures."""
     calls = []
     monkeypatch.setattr(expert_load_callback, "plot_expert_load", lambda *given: calls.append(given))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    pretend(monkeypatch, "matplotlib", installed=True)
     return calls
 
 
@@ -38,7 +37,7 @@ def test_counts_are_those_of_the_last_evaluation(tmp_path, drawn):
     assert torch.equal(counts, callback.counts[4])
     assert path == tmp_path / "expert_load.png"
     assert title == "Expert load in the evaluation after step 4"
-    assert layers == ["0", "1"]
+    assert layers == [0, 1]
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
@@ -82,6 +81,6 @@ def test_masks_that_do_not_tell_padding_are_an_error(tmp_path, drawn):
 
 
 def test_without_matplotlib_the_training_does_not_begin(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    pretend(monkeypatch, "matplotlib", installed=False)
     with pytest.raises(ImportError, match="A picture needs matplotlib"):
         ExpertLoadCallback()

@@ -75,7 +75,10 @@ def test_the_sample_is_even_and_the_same_in_every_layer():
         sample = TokenSample(4, seed)
         for part in torch.arange(40.0)[:, None].split([7, 13, 20]):
             chosen = torch.zeros(len(part), 1, dtype=torch.int64)
-            calls = {"first": ExpertCall(part, chosen), "second": ExpertCall(part + 100, chosen)}
+            calls = {
+                "first": ExpertCall(part, chosen, part[:, :1]),
+                "second": ExpertCall(part + 100, chosen, part[:, :1]),
+            }
             sample.add(calls, part[:, 0] != 3)
         assert sample.hidden["first"].shape == (4, 1)
         assert torch.equal(sample.hidden["second"], sample.hidden["first"] + 100)

@@ -10,7 +10,7 @@ from moe.test_usage import FAMILIES
 from sparse_hf import RouterConfig
 from sparse_hf.algorithms.balance import token_probabilities
 from sparse_hf.moe.read_mixture import TARGETS
-from sparse_hf.moe.router_logits import EXPERT_COUNTS, RouterReader, check_linear, counted_tokens
+from sparse_hf.moe.router_logits import EXPERT_COUNTS, RouterReader, check_linear, layer_number
 from sparse_hf.moe.upcycle import upcycle
 from tiny_dense import save_dense
 from tiny_mixtures import VARIANTS, convert, tiny_dense
@@ -169,13 +169,6 @@ def test_frozen_routers_and_others_than_linear_ones():
         RouterReader(model).linear_routers()
 
 
-def test_padding():
-    model = stock("mixtral")
-    inputs = tiny_inputs(model)
-    inputs["attention_mask"][1, 5:] = 0
-    _, (one, _), _ = read(model, inputs)
-    assert torch.equal(counted_tokens(inputs, one), inputs["attention_mask"].reshape(-1).bool())
-    assert counted_tokens({}, one).sum() == 16
-    for wrong in (torch.ones(2, 1, 8, 8), torch.ones(2, 7), "none"):
-        with pytest.raises(ValueError, match="must tell padding of the 16 tokens as"):
-            counted_tokens({"attention_mask": wrong}, one)
+def test_the_layer_of_a_block():
+    assert layer_number("model.layers.12.mlp") == 12
+    assert layer_number("encoder.block.3.layer.1.ffn") == 3
