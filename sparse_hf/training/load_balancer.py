@@ -189,7 +189,8 @@ class LoadBalancer(TrainerCallback):
         totals, losses, top_k = self._last
         counts = totals.counts
         load = expert_load(counts.cpu())
-        entries = {"dead_experts": float(load.dead.sum()), "dead_experts_worst_layer": float(load.dead.max())}
+        entries = {"experts_per_token": float(top_k), "dead_experts": float(load.dead.sum())}
+        entries["dead_experts_worst_layer"] = float(load.dead.max())
         highest = {**losses, "load_max_violation": load.max_violation, "load_variation": load.variation}
         for name, values in highest.items():
             entries |= {name: float(values.mean()), f"{name}_worst_layer": float(values.max())}

@@ -17,14 +17,19 @@ class TopKScheduleCallback(TrainerCallback):
 
     After s optimizer steps the model has k(s) experts per token: in the next step, in an evaluation, in the config of
     a checkpoint. A resumed training continues there. At the end k is `end`, or, if the best model was loaded, that
-    with which it was best. Routers are frozen meanwhile, unless the schedule says otherwise: no gradient, no weight
-    decay. They stay as they are given; SMoE-Dropout's are random, as `upcycle` makes them by default.
+    with which it was best. A `SparseTrainer` logs `experts_per_token`. Routers are frozen meanwhile, unless the
+    schedule says otherwise: no gradient, no weight decay. They stay as they are given; SMoE-Dropout's are random, as
+    `upcycle` makes them by default.
+
+    Attributes:
+        k_of_last_step: experts per token in the optimizer step that was made last; None before the first.
     """
 
     def __init__(self, schedule: TopKSchedule) -> None:
         if not isinstance(schedule, TopKSchedule):
             raise TypeError(f"`schedule` must be a TopKSchedule, got {type(schedule).__name__}.")
         self.schedule = schedule
+        self.k_of_last_step: int | None = None
         self._frozen: list[nn.Parameter] = []
 
     def on_train_begin(
@@ -45,6 +50,7 @@ class TopKScheduleCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: object
     ) -> None:
         """Set the next step's k."""
+        self.k_of_last_step = get_top_k(model)
         self._set(model, state, state.global_step)
 
     def on_train_end(

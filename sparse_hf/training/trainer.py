@@ -20,10 +20,12 @@ from sparse_hf.tickets.ticket import Ticket
 from sparse_hf.training.callback import SparsityCallback
 from sparse_hf.training.checkpoints import last_complete_checkpoint, steps_in_checkpoint
 from sparse_hf.training.converted_checkpoints import load_converted, needs_conversion
+from sparse_hf.training.dropped_tokens import DroppedTokens
 from sparse_hf.training.dsee_two_stages import DseeTwoStages
 from sparse_hf.training.early_bird_search import EarlyBirdSearch, describe_slim
 from sparse_hf.training.load_balancer import LoadBalancer
 from sparse_hf.training.lottery_search import LotterySearch
+from sparse_hf.training.top_k_scheduling import TopKScheduleCallback
 from sparse_hf.training.trainer_card import bring_from_checkpoint, complete_card
 
 
@@ -65,6 +67,8 @@ class SparseTrainer(Trainer):
         self._load_balancer = None if balance is None else LoadBalancer(self, balance)
         if self._load_balancer is not None:
             self.add_callback(self._load_balancer)
+        self._dropped_tokens = DroppedTokens()
+        self.add_callback(self._dropped_tokens)
         self.sparsity = sparsity
         search = SEARCHES.get(type(sparsity))
         self.search = None if search is None else search(self, sparsity)
@@ -252,14 +256,24 @@ class SparseTrainer(Trainer):
             describe_slim(Path(output_dir or self.args.output_dir), self._structured_ticket)
 
     def log(self, logs: dict[str, float], *args: object, **kwargs: object) -> None:
-        """Add the sparsity, and the round of a search, to every record, and expert load to those of training."""
+        """Add the sparsity, and the round of a search, to every record; to those of training how experts are used."""
         if self._sparsity_callback is not None and self._sparsity_callback.keeper is not None:
             logs["sparsity"] = self._sparsity_callback.keeper.sparsity
         if self.search is not None:
             logs.update({name: value for name, value in self.search.log_entries().items() if name not in logs})
-        if self._load_balancer is not None and "loss" in logs:
-            logs.update(self._load_balancer.log_entries())
+        if "loss" in logs:
+            logs.update(self._expert_entries())
         super().log(logs, *args, **kwargs)
+
+    def _expert_entries(self) -> dict[str, float]:
+        """Experts per token while they change, load, losses of balance, and what full experts lose."""
+        entries = {}
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TopKScheduleCallback):
+                entries["experts_per_token"] = float(callback.k_of_last_step)
+        if self._load_balancer is not None:
+            entries |= self._load_balancer.log_entries()
+        return entries | self._dropped_tokens.log_entries()
 
     def create_model_card(self, *args: object, **kwargs: object) -> None:
         """As the Trainer's; the card tells what is sparse in the output folder, and then what the Trainer's tells.

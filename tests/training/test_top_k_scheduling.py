@@ -6,9 +6,17 @@ import pytest
 import torch
 from transformers import TrainerState
 
-from sparse_hf import TopKSchedule, TopKScheduleCallback, evaluate_top_k, get_top_k, set_top_k
+from sparse_hf import (
+    BalanceConfig,
+    SparseTrainer,
+    TopKSchedule,
+    TopKScheduleCallback,
+    evaluate_top_k,
+    get_top_k,
+    set_top_k,
+)
 from training.tiny_balance import mixtral, rows, trainer
-from training.tiny_training import AtBegin, AtStep, assert_same, tensors
+from training.tiny_training import AtBegin, AtStep, assert_same, tensors, tiny_arguments
 
 
 ADAMW = dict(optim="adamw_torch", weight_decay=0.1, learning_rate=1e-2)
@@ -120,3 +128,12 @@ def test_the_curve_comes_back_after_errors(tmp_path, monkeypatch):
     assert get_top_k(model) == 2
     set_top_k(model, 4)
     assert get_top_k(model) == 4
+
+
+@pytest.mark.parametrize("balance", [None, BalanceConfig()])
+def test_a_sparse_trainer_logs_k(tmp_path, balance):
+    schedule = TopKScheduleCallback(TopKSchedule(freeze_routers=False))
+    arguments = tiny_arguments(tmp_path, max_steps=3, logging_strategy="steps", logging_steps=1)
+    training = SparseTrainer(mixtral(), arguments, train_dataset=rows(), balance=balance, callbacks=[schedule])
+    training.train()
+    assert [entry["experts_per_token"] for entry in training.state.log_history if "loss" in entry] == [1, 2, 3]
