@@ -83,7 +83,7 @@ _HOMES = {
     "GradualPruningConfig": "sparse_hf.tickets.configs",
     "LotteryTicketConfig": "sparse_hf.tickets.configs",
     "RouterConfig": "sparse_hf.moe.mixture_routers",
-    "RouterSchedule": "sparse_hf.moe.top_k_schedule",
+    "RouterSchedule": "sparse_hf.moe.router_schedule",
     "RouterScheduleCallback": "sparse_hf.training.router_freezing",
     "SparseTrainer": "sparse_hf.training.trainer",
     "SparsityCallback": "sparse_hf.training.callback",

@@ -1,8 +1,7 @@
 """`sparse-hf experts`: how much the experts of a mixture are used, fewer of them, and the dense model again."""
 
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,15 +13,7 @@ app = typer.Typer(no_args_is_help=True, help="Measure, drop or merge experts, or
 Source = Annotated[str, typer.Argument(help="Folder or Hub id of a mixture of experts.")]
 Destination = Annotated[Path, typer.Argument(help="New folder.")]
 UsageFile = Annotated[Path, typer.Option(help="What `sparse-hf experts usage` wrote.")]
-
-
-class Measure(str, Enum):
-    """What of the usage counts."""
-
-    counts = "counts"
-    weights = "weights"
-
-
+Measure = Literal["counts", "weights"]
 By = Annotated[Measure, typer.Option(help="Usage by how often an expert is chosen, or by its routing weights.")]
 
 
@@ -59,7 +50,7 @@ def drop(
     destination: Destination,
     usage: UsageFile,
     keep: Annotated[int, typer.Option(help="Experts of each layer that stay: the most used.")],
-    by: By = Measure.counts,
+    by: By = "counts",
 ) -> None:
     """Write the mixture with its most used experts only."""
     from sparse_hf.moe.thin_experts import drop_experts
@@ -74,7 +65,7 @@ def merge(
     destination: Destination,
     usage: UsageFile,
     groups: Annotated[int, typer.Option(help="Experts per layer of the new mixture.")],
-    by: By = Measure.counts,
+    by: By = "counts",
 ) -> None:
     """Write the mixture with its most used experts, the others averaged into those most like them."""
     from sparse_hf.moe.thin_experts import merge_experts
@@ -89,7 +80,7 @@ def densify_folder(
     destination: Destination,
     expert: Annotated[str, typer.Option(help="average, or the number of one expert.")] = "average",
     usage: Annotated[Path | None, typer.Option(help="Usage file: weights of the average.")] = None,
-    by: By = Measure.counts,
+    by: By = "counts",
     target: Annotated[str | None, typer.Option(help="Model type of the dense model, if it is not known.")] = None,
     ignore_shared: Annotated[bool, typer.Option("--ignore-shared", help="Leave a shared expert out.")] = False,
 ) -> None:
@@ -105,7 +96,7 @@ def densify_folder(
 def _usage(path: Path, by: Measure) -> dict:
     from sparse_hf.moe.usage import load_usage
 
-    return getattr(load_usage(path), by.value)
+    return getattr(load_usage(path), by)
 
 
 def _say(destination: Path, complete: bool, what: str) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sparse_hf.storage.durable import write_file
@@ -23,7 +22,7 @@ LONGEST_NAME = 512
 
 
 def save_bits(path: Path, bits: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Write packed masks durably.
+    """Write packed masks durably; the same masks in the same order are the same bytes.
 
     Args:
         path: the file, usually `<folder>/sparse_masks.safetensors`.
@@ -38,8 +37,7 @@ def save_bits(path: Path, bits: Mapping[str, Tensor], shapes: Mapping[str, tuple
     if problem := _problem(listed):
         raise ValueError(f"Masks must belong to named matrices to be saved: {problem}. Rename or exclude it.")
     metadata = {"format": FORMAT, "shapes": json.dumps(listed)}
-    tensors = {name: packed.contiguous().cpu() for name, packed in bits.items()}
-    write_file(path, lambda partial: save_file(tensors, partial, metadata=metadata))
+    write_file(path, lambda partial: _write(partial, bits, metadata))
 
 
 def load_bits(path: Path) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
@@ -58,6 +56,20 @@ def load_bits(path: Path) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]
     except SafetensorError as error:
         raise _damaged(path, str(error)) from error
     return bits, shapes
+
+
+def _write(path: Path, bits: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file. The package's own `save_file` writes metadata in an order that varies."""
+    header, end = {"__metadata__": metadata}, 0
+    for name, packed in bits.items():
+        start, end = end, end + packed.numel()
+        header[name] = {"dtype": "U8", "shape": [packed.numel()], "data_offsets": [start, end]}
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    with path.open("wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for packed in bits.values():
+            file.write(packed.cpu().numpy())
 
 
 def _damaged(path: Path, reason: str) -> ValueError:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sparse_hf.moe.router_logits import ROUTER_NAMES, RouterReader
-from sparse_hf.moe.top_k_schedule import RouterSchedule
+from sparse_hf.moe.router_schedule import RouterSchedule
 
 
 def trained_router_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -104,3 +104,13 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path, name, shape):
     with pytest.raises(ValueError, match="Masks must belong to named matrices to be saved"):
         save(path, {name: torch.ones(shape, dtype=torch.bool)})
     assert not path.exists()
+
+
+def test_the_same_masks_are_the_same_bytes(tmp_path):
+    masks = random_masks({"encoder.b.weight": (3, 7), "encoder.a.weight": (5, 8), "größe": (2, 2)})
+    written = set()
+    for number in range(12):  # the package's own writer orders metadata by chance
+        save(tmp_path / f"{number}.safetensors", masks)
+        written.add((tmp_path / f"{number}.safetensors").read_bytes())
+    assert len(written) == 1
+    assert list(load(tmp_path / "0.safetensors")) == list(masks)

@@ -2,27 +2,18 @@
 
 import json
 import os
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import sparse_hf
-import training
 from sparse_hf.tickets.structured_ticket import StructuredTicket
 from sparse_hf.training import early_bird_search
 from training.tiny_early_bird import KEYS, bird_trainer, early_bird, whole_bert
 from training.tiny_training import AtStep, assert_same, same, tensors
+from training.two_processes import run_two
 
-
-pytestmark = pytest.mark.skipif(
-    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="torch has no gloo here"
-)
 
 CONFIG = early_bird(draw_at=3, l1=0.05)
 # Two processes with two rows each take the batches that one process with four takes.
@@ -30,20 +21,6 @@ OPTIONS = {"max_steps": 5, "save_strategy": "steps", "save_steps": 2, "optim": "
 OPTIONS |= {"train_sampling_strategy": "sequential", "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
 # Else the Trainer multiplies BERT's loss, a mean over rows, by the number of processes.
 OPTIONS |= {"average_tokens_across_devices": False}
-
-# Importing takes longer than the searches, so it is done once, in front of the fork.
-SCRIPT = """
-import os, sys
-from training.test_early_bird_ddp import run_one_process
-children = []
-for rank in (0, 1):
-    children.append(os.fork())
-    if children[-1] == 0:
-        os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
-        run_one_process(sys.argv[1])
-        sys.exit()
-sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
-"""
 
 
 def trainer_of(folder, rows_per_process, **options):
@@ -87,19 +64,9 @@ def run_one_process(folder: str) -> None:
     (Path(folder) / f"rank-{rank}.json").write_text(json.dumps(facts))
 
 
-def run_two(folder: Path) -> list[tuple[dict, dict]]:
+def both(folder: Path) -> list[tuple[dict, dict]]:
     """Tensors and facts of both processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    paths = [Path(sparse_hf.__file__).parents[1], Path(next(iter(training.__path__))).parent]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    shared |= {"PYTHONPATH": os.pathsep.join(map(str, paths))}
-    command = [sys.executable, "-c", SCRIPT, str(folder)]
-    ended = subprocess.run(
-        command, env={**os.environ, **shared}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300
-    )
-    assert ended.returncode == 0, ended.stdout.decode()[-6000:]
+    run_two("training.test_early_bird_ddp", "run_one_process", folder)
     files = [folder / f"rank-{rank}" for rank in (0, 1)]
     return [(load_file(f"{one}.safetensors"), json.loads(Path(f"{one}.json").read_text())) for one in files]
 
@@ -109,7 +76,7 @@ def part(found: dict, kind: str) -> dict:
 
 
 def test_both_processes_come_to_the_same(tmp_path):
-    (first, facts), (second, other_facts) = run_two(tmp_path)
+    (first, facts), (second, other_facts) = both(tmp_path)
     assert facts["world"] == 2
     assert facts["steps"] == other_facts["steps"] == [1, 2, 3]
     assert len(facts["rows"]) == len(other_facts["rows"]) == 8

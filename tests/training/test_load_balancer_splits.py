@@ -4,40 +4,22 @@ Beside it what Transformers' own loss does: it grows with accumulation and with 
 """
 
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import sparse_hf
-import training
 from moe.test_selection_bias import biased, biases_of
 from sparse_hf import BalanceConfig
 from training.tiny_balance import balance_gradients, relative_error, routers_of, trainer
+from training.two_processes import run_two
 
 
 KINDS = ("routers", "network", "stock")
 # (rows per process and micro-batch, accumulation) by two processes
 TWO = ((4, 1), (2, 2))
 GLOO = {"ddp_backend": "gloo"}
-
-# Importing takes longer than the trainings, so it is done once, in front of the fork.
-SCRIPT = """
-import os, sys
-from training.test_load_balancer_splits import run_one_process
-children = []
-for rank in (0, 1):
-    children.append(os.fork())
-    if children[-1] == 0:
-        os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
-        run_one_process(sys.argv[1])
-        sys.exit()
-sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
-"""
 
 
 def gradients_of(folder, kind, batch, accumulation, **changes):
@@ -68,20 +50,8 @@ def run_one_process(folder: str) -> None:
 @pytest.fixture(scope="module")
 def of_two_processes(tmp_path_factory):
     """By kind, batch and accumulation: gradients in the first process; the second's are equal, which DDP sees to."""
-    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
-        pytest.skip("torch has no gloo here")
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    paths = [Path(sparse_hf.__file__).parents[1], Path(next(iter(training.__path__))).parent]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    shared |= {"PYTHONPATH": os.pathsep.join(map(str, paths))}
-    command = [sys.executable, "-c", SCRIPT, str(folder)]
-    ended = subprocess.run(
-        command, env={**os.environ, **shared}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300
-    )
-    assert ended.returncode == 0, ended.stdout.decode()[-6000:]
+    run_two("training.test_load_balancer_splits", "run_one_process", folder)
     first, second = (load_file(folder / f"rank-{rank}.safetensors") for rank in (0, 1))
     assert all(torch.equal(one, second[name]) for name, one in first.items())
     found: dict = {}
