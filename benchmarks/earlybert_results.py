@@ -159,9 +159,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=list(SEEDS))
     parser.add_argument("--rows", type=int, help="other training rows than the tasks' own; takes a folder of its own")
     parser.add_argument("--batch_size", type=int, default=16, help="with another, take a folder of its own")
-    parser.add_argument(
-        "--slim_epochs", type=float, default=2, help="with another number, take a folder of its own"
-    )
+    parser.add_argument("--slim_epochs", type=float, default=2, help="with another number, take a folder of its own")
     parser.add_argument("--draw_at", help="draw there, not when the mask has settled; takes a folder of its own")
     parser.add_argument("--pad", action="store_true", help="all inputs to 128 tokens; takes a folder of its own")
     parser.add_argument("--report", action="store_true")

@@ -12,6 +12,7 @@ Each seed has a folder; one that is finished is not repeated, and a killed one c
 """
 
 import copy
+import itertools
 import json
 import statistics
 from dataclasses import asdict, dataclass, field
@@ -22,7 +23,10 @@ from peft import LoraConfig, PeftConfig, ShiraConfig, get_peft_model
 from transformers import HfArgumentParser, TrainingArguments
 
 from glue_model import TaskArguments, trainer_parts
-from sparse_hf import DseeConfig, DseeTwoStageConfig, SparseTrainer, dsee_sparsity
+from sparse_hf import DseeConfig, DseeTwoStageConfig, SparseTrainer, dsee_sparsity, support_by_gradient
+
+
+GRADIENT_BATCHES = 8  # that say where S2's entries lie with `--support gradient`
 
 
 @dataclass
@@ -38,7 +42,10 @@ class Arguments:
     r: int = field(default=16, metadata={"help": "Rank of U V, or of LoRA; SHiRA trains as many numbers."})
     alpha: float = field(default=32.0, metadata={"help": "Updates are multiplied by alpha / r."})
     nnz: int = field(default=64, metadata={"help": "Entries of S2 in each tuned matrix."})
-    support: str = field(default="magnitude", metadata={"help": "Where they are; see `DseeConfig`."})
+    support: str = field(
+        default="magnitude",
+        metadata={"help": "Where they are, see `DseeConfig`; `gradient`: where that of a few batches is largest."},
+    )
     base_sparsity: float = field(default=0.0, metadata={"help": "S1 from the start, by |W0|."})
     sparsity: float = field(default=0.0, metadata={"help": "S1 by the update, between two stages."})
     first_epochs: float | None = field(default=None, metadata={"help": "Of the first stage; default: as the second."})
@@ -55,7 +62,10 @@ def adapter_of(arguments: Arguments, seed: int) -> PeftConfig | None:
             return ShiraConfig(r=arguments.r, random_seed=seed, **where)
         case "dsee":
             names = ("r", "alpha", "nnz", "support", "masked_modules", "base_sparsity")
-            return DseeConfig(**{name: getattr(arguments, name) for name in names}, seed=seed, **where)
+            options = {name: getattr(arguments, name) for name in names}
+            if arguments.support == "gradient":
+                options["support"] = "magnitude"  # until there are batches
+            return DseeConfig(**options, seed=seed, **where)
     return None
 
 
@@ -75,6 +85,8 @@ def train_seed(task: TaskArguments, arguments: Arguments, training_args: Trainin
         stages = DseeTwoStageConfig(arguments.sparsity, "update", *first)
     trainer = SparseTrainer(**parts, sparsity=stages)
     begun = (folder / "search.json").is_file() or any(folder.glob("checkpoint-*/trainer_state.json"))
+    if arguments.method == "dsee" and arguments.support == "gradient" and not begun:
+        support_by_gradient(trainer.model, itertools.islice(trainer.get_train_dataloader(), GRADIENT_BATCHES))
     result = trainer.train(resume_from_checkpoint=begun or None)
     trainer.save_model()
     trainer.save_metrics("train", result.metrics)

@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from sparse_hf import dsee_sparsity
@@ -64,3 +66,15 @@ def test_another_experiment_in_the_same_folder(run):
     run("mixed", *SMALL)
     with pytest.raises(ValueError, match="holds a run with nnz=8, got 4"):
         run("mixed", "--r", "2", "--nnz", "4", "--target_modules", "query", "value")
+
+
+def test_a_support_by_gradient(run, places):
+    places_of = {}
+    for support in ("magnitude", "gradient"):
+        run(support, *SMALL, "--support", support)
+        tensors = load_file(places["root"] / support / "seed-0" / "adapter_model.safetensors")
+        places_of[support] = {name: one for name, one in tensors.items() if "indices" in name}
+    assert len(places_of["gradient"]) == 4
+    for name, indices in places_of["gradient"].items():
+        assert indices.shape == (8,)
+        assert not torch.equal(indices, places_of["magnitude"][name])
