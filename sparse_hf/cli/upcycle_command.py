@@ -100,7 +100,7 @@ def fitted_rows(source: str, samples: Path) -> "dict[int, np.ndarray]":
     texts = content.values() if isinstance(content, dict) else [None]
     if not all(isinstance(one, list) and all(isinstance(text, str) for text in one) for one in texts):
         raise ValueError(f'`{samples}` must hold texts by domain, as {{"code": ["def f(): ..."], "poems": [...]}}.')
-    fitted = fit_routers(source, content)
+    fitted = fit_routers(source, content, progress=True)
     shares = ", ".join(f"{share:.2f}" for share in fitted.accuracy.values())
     console.print(f"routers fitted: held-out tokens told apart by layer {shares}, chance {1 / len(content):.2f}")
     return fitted.rows

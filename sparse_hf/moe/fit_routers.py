@@ -1,15 +1,16 @@
 """Which router rows tell domains apart from the start? Fitted in closed form to samples of text."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from sparse_hf.moe.one_layer import LoadedLayer, layered_checkpoint
 from sparse_hf.moe.plan_upcycling import COMPANIONS, WEIGHTS
 from sparse_hf.storage.locations import local_folder
 
@@ -36,17 +37,27 @@ class FittedRouters:
 class _Moments:
     """Sums of x and x xᵀ over the tokens of one domain, in float64."""
 
-    def __init__(self, hidden: int) -> None:
+    def __init__(self) -> None:
         self.count = 0
-        self.sum = torch.zeros(hidden, dtype=torch.float64)
-        self.products = torch.zeros(hidden, hidden, dtype=torch.float64)
+        self.sum = self.products = torch.zeros((), dtype=torch.float64)
 
     def add(self, x: Tensor) -> None:
         """Rows of inputs, (tokens, hidden)."""
-        x = x.double().cpu()
+        x = x.double()
         self.count += len(x)
-        self.sum += x.sum(0)
-        self.products += x.T @ x
+        self.sum = self.sum + x.sum(0)
+        self.products = torch.addmm(self.products, x.T, x) if self.products.ndim else x.T @ x
+
+
+@dataclass
+class _Batch:
+    """Texts of one domain on their way through the layers."""
+
+    domain: int
+    fitted: bool = field(metadata={"help": "Whether the fit may see it."})
+    held_out: bool = field(metadata={"help": "Whether it is judged by it."})
+    inputs: dict[str, Tensor]
+    states: Tensor | None = None
 
 
 @torch.no_grad()
@@ -57,12 +68,17 @@ def fit_routers(
     max_length: int = 256,
     batch_size: int = 8,
     strength: float = 0.01,
+    progress: bool = False,
 ) -> FittedRouters:
     """Ridge regression of the domain on what each FFN gets to see, which is what a router will see.
 
     W = (XᵀX / n + strength * var(X) I)^-1 Xᵀ(Y - 1/D) / n, where Y says the domain (one-hot) and every domain counts
     equally however long it is. Rows are scaled so that logits vary by 1 over the samples. Another known start, the
-    mean input of each domain, told domains apart worse in a small comparison of ours. Holds the dense model.
+    mean input of each domain, told domains apart worse in a small comparison of ours.
+
+    All samples go through one layer after the other, in float32 on the CPU. In memory are one layer (with the
+    embeddings at the first), the samples' hidden states, 4 x tokens x hidden bytes, and for each domain a float64
+    matrix of hidden x hidden.
 
     Args:
         source: folder or Hub id of the dense checkpoint, with its tokenizer.
@@ -71,48 +87,67 @@ def fit_routers(
         max_length: tokens of a text that are read.
         batch_size: texts at once.
         strength: of the ridge, relative to the inputs' mean variance.
+        progress: show a bar over the layers.
 
     Raises:
-        ValueError: fewer than two domains, one without texts, or a model whose FFNs are not found.
+        ValueError: fewer than two domains, one without texts, a model whose FFNs are not found, or weights that do
+            not belong to its config.
     """
     if len(samples) < 2 or not all(samples.values()):
         raise ValueError(f"Routers are fitted to the texts of 2 or more domains, got {[*map(len, samples.values())]}.")
     folder = local_folder(source, ["config.json", *WEIGHTS, *COMPANIONS])
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = layered_checkpoint(folder, AutoConfig.from_pretrained(folder))
+    batches = _batches(AutoTokenizer.from_pretrained(folder), samples, max_length, batch_size)
+    rows, accuracy = {}, {}
+    for number in tqdm(range(model.count), "fitting routers", unit="layer", disable=not progress):
+        layer = LoadedLayer(model, number, torch.float32)
+        moments, judged = [_Moments() for _ in samples], []
+        for batch in batches:
+            seen = _run(layer, batch)
+            if batch.fitted:
+                moments[batch.domain].add(seen)
+            if batch.held_out:
+                judged.append((batch.domain, seen))
+        del layer  # before the next one is there
+        fitted = _ridge(moments, strength)
+        rows[number], accuracy[number] = fitted.float().numpy(), _accuracy(fitted, judged)
+    return FittedRouters(tuple(samples), rows, accuracy)
+
+
+def _batches(
+    tokenizer: PreTrainedTokenizerBase, samples: Mapping[str, Sequence[str]], max_length: int, batch_size: int
+) -> list[_Batch]:
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    ffns = _ffns(model)
-    held_out = {domain: list(texts)[-max(1, len(texts) // 4) :] for domain, texts in samples.items()}
-    fitted = {
-        domain: list(texts)[: -(len(texts) // 4)] if len(texts) >= 4 else list(texts)
-        for domain, texts in samples.items()
-    }
+    options = {"truncation": True, "max_length": max_length, "padding": True, "return_tensors": "pt"}
+    found = []
+    for domain, texts in enumerate(samples.values()):
+        texts, few = list(texts), len(texts) < 4
+        first = len(texts) - max(1, len(texts) // 4)  # of the held-out ones
+        for part, held_out in ((texts[:first], False), (texts[first:], True)):
+            for start in range(0, len(part), batch_size):
+                batch = tokenizer(part[start : start + batch_size], **options)
+                inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+                found.append(_Batch(domain, fitted=few or not held_out, held_out=held_out, inputs=inputs))
+    return found
 
-    def passes(texts: list[str], visit: Callable[[int, Tensor], None]) -> None:
-        for start in range(0, len(texts), batch_size):
-            options = {"truncation": True, "max_length": max_length, "padding": True, "return_tensors": "pt"}
-            batch = tokenizer(texts[start : start + batch_size], **options)
-            kept = batch["attention_mask"].bool()
-            with _inputs_seen(ffns, lambda layer, x, kept=kept: visit(layer, x[kept])):
-                model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
 
-    moments = {layer: [_Moments(model.config.hidden_size) for _ in samples] for layer in ffns}
-    for number, texts in enumerate(fitted.values()):
-        passes(texts, lambda layer, x, number=number: moments[layer][number].add(x))
-    rows = {layer: _ridge(found, strength) for layer, found in moments.items()}
-    right, total = dict.fromkeys(ffns, 0), dict.fromkeys(ffns, 0)
+def _run(layer: LoadedLayer, batch: _Batch) -> Tensor:
+    """Run the layer on a batch's states; returns what its FFN got, without padding, (tokens, hidden)."""
+    seen: list[Tensor] = []
+    hook = _ffn(layer.module).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        batch.states, _ = layer.run(batch.states, **batch.inputs, logits_to_keep=1)
+    finally:
+        hook.remove()
+    return seen[0][batch.inputs["attention_mask"].bool()]
 
-    def judge(layer: int, x: Tensor, number: int) -> None:
-        right[layer] += int((x.double().cpu() @ rows[layer].T).argmax(1).eq(number).sum())
-        total[layer] += len(x)
 
-    for number, texts in enumerate(held_out.values()):
-        passes(texts, lambda layer, x, number=number: judge(layer, x, number))
-    return FittedRouters(
-        tuple(samples),
-        {layer: one.float().numpy() for layer, one in rows.items()},
-        {layer: right[layer] / total[layer] for layer in ffns},
-    )
+def _accuracy(rows: Tensor, judged: Iterable[tuple[int, Tensor]]) -> float:
+    right = total = 0
+    for domain, seen in judged:
+        right += int((seen.double() @ rows.T).argmax(1).eq(domain).sum())
+        total += len(seen)
+    return right / total
 
 
 def _ridge(moments: list[_Moments], strength: float) -> Tensor:
@@ -129,31 +164,11 @@ def _ridge(moments: list[_Moments], strength: float) -> Tensor:
     return rows / spread
 
 
-def _ffns(model: nn.Module) -> dict[int, nn.Module]:
-    layers = model.base_model.layers
-    found = {
-        number: getattr(layer, name)
-        for number, layer in enumerate(layers)
-        for name in FFN_NAMES
-        if hasattr(layer, name)
-    }
-    if len(found) < len(layers):
+def _ffn(layer: nn.Module) -> nn.Module:
+    found = [getattr(layer, name) for name in FFN_NAMES if hasattr(layer, name)]
+    if not found:
         raise ValueError(
-            f"The FFN of every layer must be called one of {', '.join(FFN_NAMES)}, got {type(model).__name__}: give "
+            f"The FFN of every layer must be called one of {', '.join(FFN_NAMES)}, got {type(layer).__name__}: give "
             "`router_rows` from elsewhere."
         )
-    return found
-
-
-@contextlib.contextmanager
-def _inputs_seen(ffns: Mapping[int, nn.Module], visit: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """Call `visit(layer, inputs)` in every forward pass of an FFN."""
-    handles = [
-        ffn.register_forward_pre_hook(lambda _, inputs, layer=layer: visit(layer, inputs[0]))
-        for layer, ffn in ffns.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return found[0]

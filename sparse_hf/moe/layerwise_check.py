@@ -1,8 +1,6 @@
 """Does the mixture of experts compute what the dense model computes, and if not, from which layer on?"""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +8,6 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
-from transformers.utils import logging as transformers_logging
 
 from sparse_hf.moe.one_layer import layered_checkpoint, run_layers
 
@@ -109,10 +106,9 @@ def compare_layer_by_layer(
         runs.append(run_layers(dense, ids, torch.float32))
     differences, tolerances = [], []
     steps = tqdm(zip(*runs, strict=True), "comparing", dense.count + 1, unit="layer", disable=not progress)
-    with _without_loading_bars():
-        for expected, got, *exact in steps:
-            differences.append(_difference(expected, got))
-            tolerances.append(ROUNDINGS * _difference(exact[0], expected) if exact else fp32_tolerance(dense.count))
+    for expected, got, *exact in steps:
+        differences.append(_difference(expected, got))
+        tolerances.append(ROUNDINGS * _difference(exact[0], expected) if exact else fp32_tolerance(dense.count))
     return LayerwiseComparison(
         tokens=ids.numel(),
         dtype=dtype,
@@ -141,15 +137,3 @@ def _token_ids(source: Path, vocabulary: int, tokens: int, seed: int, text: str 
 def _difference(expected: Tensor, got: Tensor) -> float:
     """The largest, as a fraction of the largest expected value; NaN if either has one."""
     return float((expected.float() - got.float()).abs().max() / expected.float().abs().max())
-
-
-@contextmanager
-def _without_loading_bars() -> Iterator[None]:
-    """Transformers shows a bar per load, here: per layer."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()

@@ -8,6 +8,7 @@ and the conversion of weights are those of the full model, with no code per fami
 import copy
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from sparse_hf.storage.tensor_headers import StoredTensor, read_headers
 
@@ -91,10 +93,52 @@ def run_layers(model: LayeredCheckpoint, ids: Tensor, dtype: torch.dtype) -> Ite
         RuntimeError: Transformers cannot convert the weights, as one expert of several is missing.
     """
     states = logits = None
-    for layer in range(model.count):
-        states, logits = _run_layer(model, layer, states, ids, dtype)
+    for number in range(model.count):
+        states, logits = LoadedLayer(model, number, dtype).run(states, input_ids=ids)
         yield states
     yield logits
+
+
+class LoadedLayer:
+    """One decoder layer, with the embeddings before the first and the norm and the head after the last.
+
+    Attributes:
+        module: the layer itself.
+    """
+
+    def __init__(self, model: LayeredCheckpoint, number: int, dtype: torch.dtype) -> None:
+        """
+        Args:
+            number: of the layer, from 0.
+            dtype: weights are converted to it and computed in.
+
+        Raises:
+            ValueError: missing, unexpected or mismatched weights.
+            RuntimeError: Transformers cannot convert the weights, as one expert of several is missing.
+        """
+        self._part = _load_layer(model, number, dtype)
+        self._stand_ins = [module for module in self._part.modules() if isinstance(module, _Given)]
+        self.module: nn.Module = self._part.get_submodule(model.layers)[number]
+
+    def run(self, states: Tensor | None, **inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """The hidden states that the layer returns, and the model's logits, which mean something after the last one.
+
+        Args:
+            states: [batch, length, hidden], what the layer before returned; None for the first.
+            inputs: of the model, such as `input_ids`, [batch, length], and `attention_mask`.
+        """
+        returned: list = []
+        for stand_in in self._stand_ins:
+            stand_in.states = states
+        hook = self.module.register_forward_hook(lambda _, given, output: returned.append(output))
+        try:
+            logits = self._part(**inputs, use_cache=False).logits
+        finally:
+            hook.remove()
+            for stand_in in self._stand_ins:
+                stand_in.states = None
+        (output,) = returned
+        return output if isinstance(output, Tensor) else output[0], logits
 
 
 class _Given(nn.Module):
@@ -103,9 +147,7 @@ class _Given(nn.Module):
     Without any, before the first layer, it passes on what it received.
     """
 
-    def __init__(self, states: Tensor | None) -> None:
-        super().__init__()
-        self.states = states
+    states: Tensor | None = None
 
     def forward(self, received: Tensor, *args: object, **kwargs: object) -> Tensor:
         return received if self.states is None else self.states
@@ -122,35 +164,22 @@ def _one_layer_class(model_class: type[PreTrainedModel], layers: str) -> type[Pr
         self: PreTrainedModel,
         config: PreTrainedConfig,
         layer: int,
-        states: Tensor | None,
         with_embedding: bool,
         with_head: bool,
     ) -> None:
         model_class.__init__(self, config)
         modules = self.get_submodule(layers)
         for other in set(range(len(modules))) - {layer}:
-            modules[other] = _Given(states)
+            modules[other] = _Given()
         if not with_embedding:
-            self.set_input_embeddings(_Given(states))
+            self.set_input_embeddings(_Given())
         if not with_head:
-            self.set_output_embeddings(_Given(states))
+            self.set_output_embeddings(_Given())
 
     return type(model_class.__name__, (model_class,), {"__init__": __init__, "__module__": model_class.__module__})
 
 
-def _run_layer(
-    model: LayeredCheckpoint, layer: int, states: Tensor | None, ids: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """States after the layer, and the model's logits, which mean something after the last one only."""
-    part = _load_layer(model, layer, states, dtype)
-    returned = []
-    part.get_submodule(model.layers)[layer].register_forward_hook(lambda _, given, output: returned.append(output))
-    logits = part(input_ids=ids, use_cache=False).logits
-    (output,) = returned
-    return output if isinstance(output, Tensor) else output[0], logits
-
-
-def _load_layer(model: LayeredCheckpoint, layer: int, states: Tensor | None, dtype: torch.dtype) -> PreTrainedModel:
+def _load_layer(model: LayeredCheckpoint, layer: int, dtype: torch.dtype) -> PreTrainedModel:
     """Whole in structure; of weights it has the layer's, the last norm, and embeddings or head where they are used."""
     config = copy.deepcopy(model.config)
     text_config = config.get_text_config()
@@ -159,18 +188,18 @@ def _load_layer(model: LayeredCheckpoint, layer: int, states: Tensor | None, dty
     # Tying elsewhere would look for the weights of a stand-in.
     config.tie_word_embeddings = text_config.tie_word_embeddings = tied
     with_embedding = layer == 0 or tied
-    part, info = model.one_layer_class.from_pretrained(
-        None,
-        layer,
-        states,
-        with_embedding,
-        with_head,
-        config=config,
-        state_dict=_read(model.tensors_for(layer, with_embedding, with_head)),
-        dtype=dtype,
-        ignore_mismatched_sizes=True,  # they are found below
-        output_loading_info=True,
-    )
+    with _without_loading_bars():
+        part, info = model.one_layer_class.from_pretrained(
+            None,
+            layer,
+            with_embedding,
+            with_head,
+            config=config,
+            state_dict=_read(model.tensors_for(layer, with_embedding, with_head)),
+            dtype=dtype,
+            ignore_mismatched_sizes=True,  # they are found below
+            output_loading_info=True,
+        )
     wrong = {name: info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[name]}
     if wrong:
         raise ValueError(
@@ -189,3 +218,15 @@ def _read(tensors: Iterable[StoredTensor]) -> dict[str, Tensor]:
         with safe_open(file, framework="pt") as stream:
             found |= {name: stream.get_tensor(name) for name in wanted}
     return found
+
+
+@contextmanager
+def _without_loading_bars() -> Iterator[None]:
+    """Transformers shows a bar per load, here: per layer."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

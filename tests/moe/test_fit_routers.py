@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparse_hf.moe.fit_routers import _Moments, _ridge, fit_routers
 from sparse_hf.moe.upcycle import upcycle
@@ -27,7 +27,7 @@ def dense(tmp_path, request):
 def test_the_closed_form_is_that_of_explicit_data():
     generator = torch.Generator().manual_seed(0)
     data = [torch.randn(count, 5, generator=generator) + mean for mean, count in ((0.5, 40), (-0.2, 20), (0.0, 60))]
-    moments = [_Moments(5) for _ in data]
+    moments = [_Moments() for _ in data]
     for one, x in zip(moments, data, strict=True):
         one.add(x[:7])
         one.add(x[7:])
@@ -60,3 +60,19 @@ def test_too_few_domains(dense):
         fit_routers(dense, {"colours": SAMPLES["colours"]})
     with pytest.raises(ValueError, match=r"2 or more domains, got \[8, 0\]"):
         fit_routers(dense, {"colours": SAMPLES["colours"], "none": []})
+
+
+def test_layer_by_layer_is_as_in_the_whole_model(dense):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(dense).eval(), AutoTokenizer.from_pretrained(dense)
+    ffns = [layer.mlp if hasattr(layer, "mlp") else layer.feed_forward for layer in model.base_model.layers]
+    moments, now = [[_Moments(), _Moments()] for _ in ffns], []
+    for found, ffn in zip(moments, ffns, strict=True):
+        ffn.register_forward_pre_hook(lambda _, inputs, found=found: found[now[-1]].add(inputs[0][0]))
+    with torch.no_grad():
+        for domain, texts in enumerate(SAMPLES.values()):
+            now.append(domain)
+            for text in texts[:-2]:  # two of eight are held out
+                model(**tokenizer(text, return_tensors="pt"))
+    rows = fit_routers(dense, SAMPLES).rows
+    for layer, both in enumerate(moments):
+        np.testing.assert_allclose(rows[layer], _ridge(both, 0.01).float().numpy(), rtol=1e-3, atol=1e-4)
