@@ -139,17 +139,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--experts", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--families", choices=KINDS, nargs="+", default=list(KINDS))
+    parser.add_argument("--only", nargs="+", help="kinds of balancing, by their names in the table; default: all")
     parser.add_argument("--clock", choices=CLOCKS, default="cpu")
     options = parser.parse_args()
     print("| family | experts | balance | seconds per step | of none | balancer's part |")
     print("| --- | --- | --- | --- | --- | --- |")
     for family, experts in itertools.product(options.families, options.experts):
         model = random_model(family, experts, options)
+        kinds = {name: one for name, one in KINDS[family].items() if one is None or name in (options.only or [name])}
         rounds = [
-            {name: train(model, balance, options) for name, balance in KINDS[family].items()}
-            for _ in range(options.rounds)
+            {name: train(model, balance, options) for name, balance in kinds.items()} for _ in range(options.rounds)
         ]
-        for name in KINDS[family]:
+        for name in kinds:
             seconds = statistics.median(one[name][0] for one in rounds)
             ratio = statistics.median(one[name][0] / one["no balance"][0] for one in rounds)
             part = statistics.median(one[name][1] for one in rounds)

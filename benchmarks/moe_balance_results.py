@@ -35,7 +35,7 @@ from upcycle_lm import Arguments, Blocks, batches, blocks_of, losses, read_texts
 
 
 SEEDS = (0, 1, 2)
-EXPERTS, TOP_K, LAYERS_PRESSURE = 8, 2, 0.01
+EXPERTS, TOP_K, COEFFICIENT = 8, 2, 0.01
 MICRO_BATCH, ACCUMULATION = 4, 4
 
 
@@ -49,10 +49,10 @@ class Arm(NamedTuple):
 ARMS = {
     "no loss": Arm("mixtral", BalanceConfig(0.0)),
     "stock, pooled over layers": Arm("mixtral", None),
-    "per layer, routers": Arm("mixtral", BalanceConfig(LAYERS_PRESSURE)),
-    "per layer, network": Arm("mixtral", BalanceConfig(LAYERS_PRESSURE, gradient="network")),
+    "per layer, routers": Arm("mixtral", BalanceConfig(COEFFICIENT)),
+    "per layer, network": Arm("mixtral", BalanceConfig(COEFFICIENT, gradient="network")),
     "sigmoid, no loss": Arm("glm4_moe", BalanceConfig(0.0)),
-    "sigmoid, per layer, routers": Arm("glm4_moe", BalanceConfig(LAYERS_PRESSURE)),
+    "sigmoid, per layer, routers": Arm("glm4_moe", BalanceConfig(COEFFICIENT)),
     "sigmoid, bias alone": Arm("glm4_moe", BalanceConfig(0.0, bias_rate=0.001)),
 }
 
@@ -92,7 +92,7 @@ def train(options: argparse.Namespace, arm: Arm, seed: int, folder: Path) -> dic
     else:
         # As much pressure on each layer as ours, before accumulation multiplies it.
         layers = model.config.num_hidden_layers
-        model.router_aux_loss_coef = LAYERS_PRESSURE * layers / TOP_K
+        model.router_aux_loss_coef = COEFFICIENT * layers / TOP_K
         model.config.output_router_logits = True
         Trainer(**parts).train()
         model.config.output_router_logits = False
