@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 from sparse_hf.cards.inspection import NOTICEABLE, Inspection
 from sparse_hf.cards.layers import by_layer
-from sparse_hf.cards.loading import base_id, making_code
+from sparse_hf.cards.loading import base_id
+from sparse_hf.cards.making import making_code
 from sparse_hf.cards.markdown import code, literal, plain, table
 
 

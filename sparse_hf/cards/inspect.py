@@ -9,12 +9,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from sparse_hf.cards.compressed import compressed_facts
-from sparse_hf.cards.inspection import NOTICEABLE, AdapterFacts, Inspection, Kind, UnitsKept
-from sparse_hf.cards.layers import MatrixZeros
-from sparse_hf.cards.said import (
-    ADAPTER_CONFIG_FILE,
-    CONFIG_FILE,
-    DESCRIPTION_FILE,
+from sparse_hf.cards.descriptions import (
     adapter_facts,
     architecture_of,
     count,
@@ -22,8 +17,11 @@ from sparse_hf.cards.said import (
     numbers,
     read_if_there,
 )
-from sparse_hf.cards.stored_zeros import UNITS_FILE, counted_zeros, kept_units, masked_zeros
+from sparse_hf.cards.folder_zeros import counted_zeros, kept_units, masked_zeros
+from sparse_hf.cards.inspection import NOTICEABLE, AdapterFacts, Inspection, Kind, UnitsKept
+from sparse_hf.cards.layers import MatrixZeros
 from sparse_hf.storage.checked_json import field
+from sparse_hf.storage.file_names import ADAPTER_CONFIG_FILE, CONFIG_FILE, DESCRIPTION_FILE, UNITS_FILE
 from sparse_hf.storage.locations import local_folder
 from sparse_hf.storage.mask_file import MASKS_FILE
 from sparse_hf.storage.tensor_headers import INDEX_FILE, SINGLE_FILE, StoredTensor, read_header, read_headers

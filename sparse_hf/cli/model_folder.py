@@ -6,8 +6,9 @@ import transformers
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparse_hf.storage.durable import write_json
+from sparse_hf.storage.file_names import DESCRIPTION_FILE
 from sparse_hf.storage.mask_file import MASKS_FILE, save_bits
-from sparse_hf.tickets.ticket import DESCRIPTION_FILE, Ticket
+from sparse_hf.tickets.ticket import Ticket
 
 
 def load_with_head(name_or_path: str, output: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:

@@ -10,13 +10,11 @@ from sparse_hf import __version__
 from sparse_hf.moe.plan_upcycling import COMPANIONS, told_apart
 from sparse_hf.storage.checked_json import field, read_json
 from sparse_hf.storage.durable import write_json
+from sparse_hf.storage.file_names import DESCRIPTION_FILE
 from sparse_hf.storage.pieces import source_files
 from sparse_hf.storage.shard_plan import PlannedShard, PlannedTensor, plan_digest, plan_shards
 from sparse_hf.storage.shard_writer import JOURNAL_FILE, missing_shards, require_space, write_index, write_shards
 from sparse_hf.storage.tensor_headers import INDEX_FILE
-
-
-DESCRIPTION_FILE = "sparse_hf.json"
 
 
 def write_checkpoint(

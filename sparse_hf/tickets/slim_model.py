@@ -8,11 +8,9 @@ from sparse_hf.anatomy.modeling_slim import UnitTable
 from sparse_hf.anatomy.registration import model_class_named
 from sparse_hf.anatomy.slim import cut_units
 from sparse_hf.storage.checked_json import read_json
+from sparse_hf.storage.file_names import CONFIG_FILE
 from sparse_hf.storage.locations import local_folder
 from sparse_hf.tickets.structured_ticket import StructuredTicket
-
-
-CONFIG_FILE = "config.json"
 
 
 def slim(

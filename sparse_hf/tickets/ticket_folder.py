@@ -8,11 +8,9 @@ from sparse_hf.cards.card import CARD_FILE, PICTURE_FILE, is_generated
 from sparse_hf.cards.publish import publish
 from sparse_hf.storage.checked_json import field, read_json
 from sparse_hf.storage.durable import write_folder
+from sparse_hf.storage.file_names import DESCRIPTION_FILE, UNITS_FILE
 from sparse_hf.storage.mask_file import MASKS_FILE
 
-
-DESCRIPTION_FILE = "sparse_hf.json"
-UNITS_FILE = "sparse_units.safetensors"
 
 # The file of masks -> the `kind` its description says, in words, what reads it.
 READERS = {

@@ -27,6 +27,7 @@ from transformers.trainer_utils import TrainOutput
 from sparse_hf.anatomy.slim import cut_units
 from sparse_hf.storage.checked_json import read_json
 from sparse_hf.storage.durable import write_file, write_json
+from sparse_hf.storage.file_names import DESCRIPTION_FILE
 from sparse_hf.tickets.coefficients import UnitCoefficients, fold_coefficients
 from sparse_hf.tickets.config_json import config_to_dict
 from sparse_hf.tickets.early_bird_config import EarlyBirdConfig
@@ -34,7 +35,6 @@ from sparse_hf.tickets.latency_measure import measure_latency
 from sparse_hf.tickets.latency_table import LatencyTable
 from sparse_hf.tickets.origin import origin_of
 from sparse_hf.tickets.structured_ticket import StructuredTicket
-from sparse_hf.tickets.ticket_folder import DESCRIPTION_FILE
 from sparse_hf.training.checkpoints import last_complete_checkpoint
 from sparse_hf.training.early_bird_checks import check_before_early_bird
 from sparse_hf.training.early_bird_detector import HISTORY_FILE, EarlyBirdDetector

@@ -9,7 +9,7 @@ from pretended_packages import pretend
 from sparse_hf import inspect, write_card
 from sparse_hf.cards.card import draw_layers, known_metrics, make_card
 from sparse_hf.cards.inspection import Inspection
-from sparse_hf.cards.loading import CONFIGS, making_code
+from sparse_hf.cards.making import CONFIGS, making_code
 from sparse_hf.tickets.config_json import METHODS, config_to_dict
 
 

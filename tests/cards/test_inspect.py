@@ -17,9 +17,9 @@ from cards.folders import (
 from dsee.tiny_dsee import dsee_model
 from hub.hub_server import hub as hub  # a fixture
 from sparse_hf import dsee_sparsity, inspect, publish
-from sparse_hf.cards import card, zeros
+from sparse_hf.cards import card, zero_counts
 from sparse_hf.cards.layers import MatrixZeros, by_layer, place
-from sparse_hf.cards.zeros import count_ones, count_zeros, has_countable_zeros
+from sparse_hf.cards.zero_counts import count_ones, count_zeros, has_countable_zeros
 from sparse_hf.hub.save_compressed import save_compressed
 from sparse_hf.storage.tensor_headers import read_header
 
@@ -133,7 +133,7 @@ def test_no_model_is_made(tmp_path, monkeypatch):
     "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.int64]
 )
 def test_zeros_of_every_dtype_across_blocks(tmp_path, monkeypatch, dtype):
-    monkeypatch.setattr(zeros, "BLOCK", 16)
+    monkeypatch.setattr(zero_counts, "BLOCK", 16)
     values = torch.arange(-9, 10).to(dtype).repeat(7, 1) * (torch.arange(19) % 3 > 0)
     save_file({"before": torch.zeros(3), "w": values}, tmp_path / "x.safetensors")
     stored = read_header(tmp_path / "x.safetensors")

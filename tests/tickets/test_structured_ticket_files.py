@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from sparse_hf.algorithms.bits import pack_bits
+from sparse_hf.storage.file_names import DESCRIPTION_FILE, UNITS_FILE
 from sparse_hf.storage.mask_file import FORMAT, MASKS_FILE, save_bits
 from sparse_hf.tickets import structured_ticket, ticket_folder
 from sparse_hf.tickets.origin import TicketOrigin
 from sparse_hf.tickets.structured_ticket import StructuredTicket
 from sparse_hf.tickets.ticket import Ticket
-from sparse_hf.tickets.ticket_folder import DESCRIPTION_FILE, UNITS_FILE
 
 
 ORIGIN = TicketOrigin(method="early_bird", config={"heads": 0.5}, base_model="me/base", model_type="bert")

@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sparse_hf.storage.file_names import DESCRIPTION_FILE
 from sparse_hf.storage.mask_file import MASKS_FILE
 from sparse_hf.tickets import ticket as ticket_module
 from sparse_hf.tickets import ticket_folder
 from sparse_hf.tickets.origin import TicketOrigin
-from sparse_hf.tickets.ticket import DESCRIPTION_FILE, Ticket
+from sparse_hf.tickets.ticket import Ticket
 
 
 ORIGIN = TicketOrigin(

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
+from sparse_hf.cards.descriptions import described_units, slim_units
 from sparse_hf.cards.inspection import UnitsKept
 from sparse_hf.cards.layers import MatrixZeros
-from sparse_hf.cards.said import CONFIG_FILE, DESCRIPTION_FILE, described_units, slim_units
-from sparse_hf.cards.zeros import count_ones, count_zeros, has_countable_zeros
+from sparse_hf.cards.zero_counts import count_ones, count_zeros, has_countable_zeros
+from sparse_hf.storage.file_names import CONFIG_FILE, DESCRIPTION_FILE, UNITS_FILE
 from sparse_hf.storage.mask_file import MASKS_FILE, load_bits
 from sparse_hf.storage.tensor_headers import StoredTensor
 
 
-UNITS_FILE = "sparse_units.safetensors"
 DSEE_MASK = ".sparse_hf_dsee_mask"
 
 

@@ -7,12 +7,9 @@ from pathlib import Path
 from sparse_hf.cards.inspection import AdapterFacts, MixtureFacts, UnitsKept
 from sparse_hf.cards.layers import place
 from sparse_hf.storage.checked_json import field, read_json
+from sparse_hf.storage.file_names import CONFIG_FILE, DESCRIPTION_FILE
 from sparse_hf.storage.tensor_headers import StoredTensor
 
-
-DESCRIPTION_FILE = "sparse_hf.json"
-CONFIG_FILE = "config.json"
-ADAPTER_CONFIG_FILE = "adapter_config.json"
 
 MOST_ENTRIES = 1 << 16  # of a list in a description; a model has at most hundreds of layers
 MOST_THINGS = 2**50
