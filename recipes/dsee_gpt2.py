@@ -11,6 +11,7 @@ Differences: the harness tunes the query and value parts of `c_attn`, here the w
 padded to its longest row; label smoothing is the Trainer's.
 """
 
+import functools
 import json
 import sys
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TrainingArguments, set_seed
 
-from e2e_nlg import collate, encode, generate, group_references, load_e2e
+from e2e_nlg import LONGEST_TEXT, REPEATED, collate, encode, end_of, generate, group_references, load_e2e
 from sparse_hf import DseeConfig, DseeTwoStageConfig, SparseTrainer, dsee_sparsity
 
 
@@ -43,7 +44,7 @@ PROTOCOL = {
 class Arguments:
     """What is run."""
 
-    model_name_or_path: str = field(metadata={"help": "A model with GPT-2's tokenizer, a folder or a Hub id."})
+    model_name_or_path: str = field(metadata={"help": "A causal model, a folder or a Hub id."})
     tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer, if it is not the model's."})
     method: Literal["dsee", "lora", "full"] = field(default="dsee", metadata={"help": "How it is tuned."})
     dataset_name: str | None = field(default=None, metadata={"help": "E2E on the Hub, instead of files."})
@@ -52,6 +53,8 @@ class Arguments:
     test_file: str | None = field(default=None, metadata={"help": "Contexts to generate for, with references."})
     max_train_samples: int | None = field(default=None, metadata={"help": "The first rows only."})
     max_test_contexts: int | None = field(default=None, metadata={"help": "The first contexts only."})
+    longest_text: int = field(default=LONGEST_TEXT, metadata={"help": "Tokens that are generated at most."})
+    repeated: int = field(default=REPEATED, metadata={"help": "So many tokens in a row are generated once only."})
     target_modules: list[str] = field(default_factory=lambda: ["c_attn"], metadata={"help": "Tuned matrices."})
     masked_modules: list[str] | None = field(default=None, metadata={"help": "Matrices that S1 masks as well."})
     r: int = field(default=2, metadata={"help": "Rank of U V, or of LoRA."})
@@ -67,7 +70,7 @@ def adapter_of(arguments: Arguments, seed: int) -> PeftConfig | None:
     where = {"target_modules": arguments.target_modules, "task_type": "CAUSAL_LM"}
     if arguments.method == "lora":
         low_rank = {"r": arguments.r, "lora_alpha": arguments.alpha, "lora_dropout": arguments.dropout}
-        return LoraConfig(**low_rank, fan_in_fan_out=True, **where)
+        return LoraConfig(**low_rank, **where)
     if arguments.method == "full":
         return None
     names = ("r", "alpha", "nnz", "dropout", "masked_modules", "base_sparsity")
@@ -99,7 +102,7 @@ def main() -> None:
         args=training_args,
         train_dataset=train.map(encode, fn_kwargs={"tokenizer": tokenizer}, remove_columns=train.column_names),
         eval_dataset=validation.map(encode, fn_kwargs={"tokenizer": tokenizer}, remove_columns=train.column_names),
-        data_collator=collate,
+        data_collator=functools.partial(collate, end=end_of(tokenizer)),
         processing_class=tokenizer,
         sparsity=DseeTwoStageConfig(arguments.sparsity) if two_stages else None,
     )
@@ -113,7 +116,8 @@ def main() -> None:
         metrics["base_sparsity"], metrics["merged_sparsity"] = dsee_sparsity(trainer.model)
     if trainer.is_world_process_zero():
         groups = dict(list(group_references(test).items())[: arguments.max_test_contexts])
-        texts = generate(trainer.model.eval(), tokenizer, list(groups))
+        lengths = {"longest": arguments.longest_text, "repeated": arguments.repeated}
+        texts = generate(trainer.model.eval(), tokenizer, list(groups), **lengths)
         folder = Path(training_args.output_dir)
         (folder / "hypotheses.txt").write_text("\n".join(texts) + "\n")
         (folder / "references.txt").write_text("\n\n".join("\n".join(group) for group in groups.values()) + "\n")

@@ -17,6 +17,7 @@ from read_columns import columns_of_file, columns_of_splits
 
 
 END, NEW_PARAGRAPH = 50256, 628  # GPT-2's <|endoftext|>, which also parts context from text, and "\n\n"
+LONGEST_TEXT, REPEATED = 64, 4  # LoRA's: tokens that are generated, and the length of what may not come twice
 IGNORED = -100
 COLUMN_NAMES = {"meaning_representation": "mr", "human_reference": "ref"}  # on the Hub -> in the challenge's files
 SLOT_NAMES = {"eatType": "Type", "familyFriendly": "family friendly", "priceRange": "price"}
@@ -75,9 +76,20 @@ def part_tokens(text: str) -> str:
     return " ".join(text.split())
 
 
+def end_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that ends contexts and texts: GPT-2's, unless the tokenizer has an end of its own."""
+    return END if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+
+
+def ends_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end a generated text; other tokenizers than GPT-2's may spell a blank line in several tokens."""
+    end = end_of(tokenizer)
+    return [END, NEW_PARAGRAPH] if end == END else [end]
+
+
 def encode_context(context: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the model is given: the context and <|endoftext|>."""
-    return [*tokenizer(context, add_special_tokens=False)["input_ids"], END]
+    return [*tokenizer(context, add_special_tokens=False)["input_ids"], end_of(tokenizer)]
 
 
 def encode(row: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, max_length: int = 512) -> dict:
@@ -86,12 +98,12 @@ def encode(row: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, max_lengt
     Labels are not shifted: Transformers' models do that. Cut at the end to `max_length`.
     """
     context = encode_context(row["context"], tokenizer)
-    text = [*tokenizer(" " + row["completion"], add_special_tokens=False)["input_ids"], END]
+    text = [*tokenizer(" " + row["completion"], add_special_tokens=False)["input_ids"], end_of(tokenizer)]
     labels = [IGNORED] * len(context) + text
     return {"input_ids": (context + text)[:max_length], "labels": labels[:max_length]}
 
 
-def collate(rows: Sequence[Mapping[str, list[int]]], side: str = "right") -> dict[str, torch.Tensor]:
+def collate(rows: Sequence[Mapping[str, list[int]]], side: str = "right", end: int = END) -> dict[str, torch.Tensor]:
     """Pad to the longest row: labels with -100, ids with <|endoftext|>, which the attention mask hides.
 
     LoRA pads to 512 with id 0, always on the right: the loss is the same. To generate, pad on the `left`.
@@ -103,7 +115,7 @@ def collate(rows: Sequence[Mapping[str, list[int]]], side: str = "right") -> dic
         return torch.tensor([f + ids if side == "left" else ids + f for f, ids in zip(fills, lists, strict=True)])
 
     ids = [row["input_ids"] for row in rows]
-    batch = {"input_ids": padded(ids, END), "attention_mask": padded([[1] * len(row) for row in ids], 0)}
+    batch = {"input_ids": padded(ids, end), "attention_mask": padded([[1] * len(row) for row in ids], 0)}
     return batch | ({"labels": padded([row["labels"] for row in rows], IGNORED)} if "labels" in rows[0] else {})
 
 
@@ -115,14 +127,14 @@ def group_references(data: Dataset) -> dict[str, list[str]]:
     return groups
 
 
-def decoding() -> GenerationConfig:
+def decoding(ends: Sequence[int] = (END, NEW_PARAGRAPH), longest: int = LONGEST_TEXT) -> GenerationConfig:
     """LoRA's beam search, which goes on until nothing can become better. Its ban on repeats is `ban_repeats`."""
     beams = {"num_beams": 10, "length_penalty": 0.8, "early_stopping": "never", "renormalize_logits": True}
-    ends = {"eos_token_id": [END, NEW_PARAGRAPH], "pad_token_id": END}
-    return GenerationConfig(max_new_tokens=64, do_sample=False, **beams, **ends)
+    tokens = {"eos_token_id": list(ends), "pad_token_id": ends[0]}
+    return GenerationConfig(max_new_tokens=longest, do_sample=False, **beams, **tokens)
 
 
-def ban_repeats(prompt_length: int, size: int = 4) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def ban_repeats(prompt_length: int, size: int = REPEATED) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """No 4-gram twice in the generated text. `no_repeat_ngram_size` counts the prompt's too, so that a text could not
     say `5 out of 5` or a long name of its context; LoRA's harness does not."""
     ban = NoRepeatNGramLogitsProcessor(size)
@@ -130,21 +142,30 @@ def ban_repeats(prompt_length: int, size: int = 4) -> Callable[[torch.Tensor, to
 
 
 def generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, contexts: Sequence[str], batch_size: int = 8
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    contexts: Sequence[str],
+    batch_size: int = 8,
+    longest: int = LONGEST_TEXT,
+    repeated: int = REPEATED,
 ) -> list[str]:
-    """One text for each context, decoded as LoRA does."""
-    texts = []
+    """One text for each context, decoded as LoRA does.
+
+    `longest` and `repeated` are in tokens: give more where the tokenizer's are shorter than GPT-2's.
+    """
+    texts, ends = [], ends_of(tokenizer)
     for start in range(0, len(contexts), batch_size):
         rows = [{"input_ids": encode_context(text, tokenizer)} for text in contexts[start : start + batch_size]]
-        batch = {name: ids.to(model.device) for name, ids in collate(rows, side="left").items()}
+        batch = {name: ids.to(model.device) for name, ids in collate(rows, "left", ends[0]).items()}
         length = batch["input_ids"].shape[1]
-        banned = LogitsProcessorList([ban_repeats(length)])
-        generated = model.generate(**batch, generation_config=decoding(), logits_processor=banned)
+        banned = LogitsProcessorList([ban_repeats(length, repeated)])
+        generated = model.generate(**batch, generation_config=decoding(ends, longest), logits_processor=banned)
         texts += [generated_text(ids[length:].tolist(), tokenizer) for ids in generated]
     return texts
 
 
 def generated_text(new_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
     """Text of generated ids (without the context), cut before the first end."""
-    end = next((place for place, token in enumerate(new_ids) if int(token) in (END, NEW_PARAGRAPH)), len(new_ids))
+    ends = ends_of(tokenizer)
+    end = next((place for place, token in enumerate(new_ids) if int(token) in ends), len(new_ids))
     return tokenizer.decode(new_ids[:end]).split("\n\n")[0].strip()

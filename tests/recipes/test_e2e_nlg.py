@@ -1,5 +1,6 @@
 """The E2E data on rows written here: format, ids and labels, groups, decoding."""
 
+import copy
 import gzip
 
 import pytest
@@ -16,6 +17,8 @@ from e2e_nlg import (
     decoding,
     encode,
     encode_context,
+    end_of,
+    ends_of,
     generate,
     generated_text,
     group_references,
@@ -168,3 +171,12 @@ def test_texts_are_generated_in_the_order_of_their_contexts(model, tokenizer):
     assert len(texts) == 3
     assert all(text.startswith("pub pub pub pub") for text in texts)
     assert not any("pub pub pub pub pub" in text for text in texts)
+
+
+def test_a_tokenizer_with_an_end_of_its_own(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.eos_token = "."
+    assert encode({"context": "name", "completion": "a pub"}, other)["input_ids"] == [1, 7, 5, 6, 7]
+    assert generated_text([3, NEW_PARAGRAPH, 7, 5], other) == other.decode([3, NEW_PARAGRAPH])
+    assert collate([{"input_ids": [1, 2]}, {"input_ids": [1]}], end=end_of(other))["input_ids"][1].tolist() == [1, 7]
+    assert decoding(ends_of(other), longest=9).eos_token_id == [7]
