@@ -28,22 +28,13 @@ SIZE += ("--per_device_train_batch_size", "16", "--longest_text", "220", "--repe
 # In a 64 x 64 matrix: U V of rank 8 has 1,024 numbers, as rank 7 and 128 entries of S2 have; in a 32 x 64 matrix 768,
 # and 672 + 128.
 TUNED = ("--target_modules", "q_proj", "v_proj")
+OTHERS = ("k_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DSEE = ("--method", "dsee", "--r", "7", "--nnz", "128", *TUNED)
 METHODS = {
     "full": ("--method", "full"),
     "lora": ("--method", "lora", "--r", "8", *TUNED),
     "dsee": DSEE,
-    "dsee-30": (
-        *DSEE,
-        "--base_sparsity",
-        "0.3",
-        "--masked_modules",
-        "k_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    ),
+    "dsee-30": (*DSEE, "--base_sparsity", "0.3", "--masked_modules", *OTHERS),
 }
 RATES = {"full": ("5e-4", "2e-3"), "lora": ("2e-3", "1e-2")}
 VALIDATION_ROWS = 500
