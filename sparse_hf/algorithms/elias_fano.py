@@ -51,7 +51,7 @@ def compress_elias_fano(elements: np.ndarray, count: int) -> tuple[np.ndarray, n
         indices += ramp[: len(indices)]
         unary[(start >> width) + done :][indices] = True  # `start` is a multiple of every 1 << width
         done = end
-    planes = [np.packbits(low >> plane & 1, bitorder="little") for plane in range(width)]
+    planes = [np.packbits(low & (1 << plane), bitorder="little") for plane in range(width)]
     return values, np.concatenate([*planes, np.packbits(unary, bitorder="little")])
 
 
@@ -66,7 +66,7 @@ def expand_elias_fano(values: np.ndarray, code: np.ndarray, out: np.ndarray) -> 
     plane_bytes = _plane_bytes(count)
     planes, unary = code[: width * plane_bytes].reshape(width, plane_bytes), code[width * plane_bytes :]
     _check_spare_bits(planes, unary, count, _unary_bits(len(out), count, width))
-    done, last = 0, -1
+    done, last, ramp = 0, -1, np.arange(BLOCK)
     for start in range(0, len(unary), BLOCK // 8):
         flags = np.unpackbits(unary[start : start + BLOCK // 8], bitorder="little").view(bool)
         indices = marked_positions(flags)
@@ -75,13 +75,14 @@ def expand_elias_fano(values: np.ndarray, code: np.ndarray, out: np.ndarray) -> 
             raise ValueError(f"the code says more indices than the {count} values that are there")
         if done == end:
             continue
-        indices += np.arange(8 * start - done, 8 * start - end, -1)
+        first = (8 * start - done) << width  # what the clear bits before this block come to
+        indices -= ramp[: len(indices)]
         indices <<= width
         indices |= _low_parts(planes, done, end)
-        if indices[0] <= last or indices[-1] >= len(out) or (indices[1:] <= indices[:-1]).any():
+        if first + indices[0] <= last or first + indices[-1] >= len(out) or (indices[1:] <= indices[:-1]).any():
             raise ValueError(f"the code says indices that do not rise or are not below {len(out)}")
-        out[indices] = values[done:end]
-        done, last = end, indices[-1]
+        out[first:][indices] = values[done:end]
+        done, last = end, first + indices[-1]
     if done != count:
         raise ValueError(f"the code says {done} indices for {count} values")
 
@@ -89,11 +90,11 @@ def expand_elias_fano(values: np.ndarray, code: np.ndarray, out: np.ndarray) -> 
 def _low_parts(planes: np.ndarray, first: int, end: int) -> np.ndarray:
     """uint8: the low parts of indices `first` to `end`."""
     byte, skipped = divmod(first, 8)
-    parts = np.zeros(end - first, np.uint8)
+    parts = np.zeros(8 * ((end + 7) // 8 - byte), np.uint8)
     for number, plane in enumerate(planes):
-        bits = np.unpackbits(plane[byte : (end + 7) // 8], bitorder="little")[skipped : skipped + end - first]
-        parts |= bits << number
-    return parts
+        bits = np.unpackbits(plane[byte : (end + 7) // 8], bitorder="little")
+        parts |= np.left_shift(bits, number, out=bits)
+    return parts[skipped : skipped + end - first]
 
 
 def _check_spare_bits(planes: np.ndarray, unary: np.ndarray, count: int, unary_bits: int) -> None:

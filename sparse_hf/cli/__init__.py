@@ -2,7 +2,15 @@
 
 import typer
 
-from sparse_hf.cli import experts_commands, inspect_command, prune_command, ticket_commands, upcycle_command
+from sparse_hf.cli import (
+    compress_commands,
+    experts_commands,
+    inspect_command,
+    prune_command,
+    publish_command,
+    ticket_commands,
+    upcycle_command,
+)
 from sparse_hf.cli.messages import short_errors
 
 
@@ -12,3 +20,6 @@ app.add_typer(experts_commands.app, name="experts")
 app.command("prune")(short_errors(prune_command.prune_folder))
 app.command("upcycle")(short_errors(upcycle_command.upcycle_folder))
 app.command("inspect")(short_errors(inspect_command.inspect_folder))
+app.command("compress")(short_errors(compress_commands.compress))
+app.command("decompress")(short_errors(compress_commands.decompress))
+app.command("publish")(short_errors(publish_command.publish_folder))

@@ -17,7 +17,7 @@ from transformers.core_model_loading import WeightConverter, WeightTransform
 from transformers.quantizers import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from sparse_hf.hub.expand_step import Expand, is_stored_tensor
+from sparse_hf.hub.expand_step import Expand, ExpandAhead, is_stored_tensor
 from sparse_hf.storage.compressed_checkpoint import COMPRESSED_FILE, COMPRESSED_INDEX, FORMAT, QUANT_METHOD, forms_of
 from sparse_hf.storage.compressed_tensor import is_stored_like
 from sparse_hf.storage.tensor_headers import read_header
@@ -93,7 +93,7 @@ class CompressedQuantizer(HfQuantizer):
     ) -> list[WeightTransform]:
         """Every tensor goes through ours first; those that have no converter get one."""
         ours = [_with_first(self._expand, transform) for transform in weight_conversions]
-        self._rest = WeightConverter([r"^(.+)$"], [r"\1"], [self._expand])
+        self._rest = ExpandAhead(self._expand)
         return [*ours, self._rest]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **others: object) -> PreTrainedModel:

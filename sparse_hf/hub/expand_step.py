@@ -1,9 +1,14 @@
 """The step that gives a stored tensor its zeros, as Transformers takes it before all else it does with a weight."""
 
+import copy
+from collections import defaultdict
+from concurrent.futures import Future
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.core_model_loading import ConversionOps, build_glob_alternation
+from transformers.core_model_loading import ConversionOps, WeightConverter, build_glob_alternation
 
 from sparse_hf.storage.compressed_tensor import LONGEST_HEAD, StoredForm, expand_tensor, read_form
 
@@ -30,6 +35,12 @@ DTYPES = {
     "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "F8_E8M0": torch.float8_e8m0fnu,
 }
+
+
+class Expanded(NamedTuple):
+    """A tensor that has its zeros and its dtype already."""
+
+    tensor: Tensor
 
 
 class Expand(ConversionOps):
@@ -67,11 +78,19 @@ class Expand(ConversionOps):
         """Called by Transformers with the tensors of one or more parameters, by the pattern that each matched."""
         dtype = self._dtype_of(full_layer_name)
         expanded = {
-            name: [self._expanded(one).to(dtype) for one in (tensors if isinstance(tensors, list) else [tensors])]
+            name: [
+                one.tensor if isinstance(one, Expanded) else self._expanded(one).to(dtype)
+                for one in (tensors if isinstance(tensors, list) else [tensors])
+            ]
             for name, tensors in input_dict.items()
         }
         alone = target_patterns == [r"\1"]
         return {full_layer_name: next(iter(expanded.values()))} if alone else expanded
+
+    @torch.no_grad()
+    def ahead(self, tensor: Tensor, name: str) -> Expanded:
+        """The tensor of the parameter `name` as `convert` would give it; called by several threads."""
+        return Expanded(self._expanded(tensor).to(self._dtype_of(name)))
 
     def _dtype_of(self, name: str) -> torch.dtype | None:
         match = self._patterns and self._patterns.search(name)
@@ -89,6 +108,39 @@ class Expand(ConversionOps):
             shape = form.shape if form.size <= self._most_elements else (0,)
             return torch.zeros(shape, dtype=DTYPES[form.dtype], device=tensor.device)
         return _as_tensor(data, form).to(tensor.device)
+
+
+class ExpandAhead(WeightConverter):
+    """The converter of a parameter that has no other: `Expand`, done by the threads of Transformers that read tensors.
+
+    Without these threads tensors arrive as functions, and are expanded one by one when their turn has come.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, step: Expand) -> None:
+        super().__init__([r"^(.+)$"], [r"\1"], [step])
+
+    def __deepcopy__(self, memo: dict) -> "ExpandAhead":
+        """For one parameter; copying the patterns too would take longer than expanding most tensors."""
+        copied = copy.copy(self)
+        copied.collected_tensors, copied.layer_targets = defaultdict(list), defaultdict(set)
+        return copied
+
+    def add_tensor(self, target_key: str, source_key: str, source_pattern: str, future: object) -> None:
+        """Called by Transformers for every tensor that it begins to read."""
+        step, expanded = self.operations[0], Future()
+
+        def expand(read: Future) -> None:
+            try:
+                expanded.set_result(step.ahead(read.result(), target_key))
+            except Exception as error:
+                expanded.set_exception(error)  # raised where the tensor is asked for
+
+        if isinstance(future, Future):
+            future.add_done_callback(expand)  # runs in the thread that has read it
+            future = expanded
+        super().add_tensor(target_key, source_key, source_pattern, future)
 
 
 def _as_tensor(data: np.ndarray, form: StoredForm) -> Tensor:

@@ -1,30 +1,14 @@
 """A sparse model's folder without the zeros, and back."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from sparse_hf.storage.checked_json import field, read_json
-from sparse_hf.storage.compressed_checkpoint import FORMAT, QUANT_METHOD, is_compressed
-from sparse_hf.storage.compressed_writing import compress_weights, expand_weights
-from sparse_hf.storage.durable import write_folder, write_json
-from sparse_hf.storage.mask_file import MASKS_FILE
+from sparse_hf.storage.compressed_checkpoint import is_compressed
+from sparse_hf.storage.compressed_folder import compress_folder, expand_folder
+from sparse_hf.storage.durable import write_folder
 from sparse_hf.storage.save_lock import only_saver
-from sparse_hf.storage.tensor_headers import read_headers
-
-
-CONFIG_FILE = "config.json"
-
-# Beside the weights and the config these come along: text, tokenizers, pictures, code that the config names, masks.
-# Pickles and the state of a training do not.
-COMPANION_SUFFIXES = {".json", ".jsonl", ".txt", ".md", ".jinja", ".model", ".tiktoken", ".py", ".png", ".svg", ""}
-COMPANION_FILES = {MASKS_FILE, "sparse_units.safetensors"}
-LEFT_BEHIND = {CONFIG_FILE, "trainer_state.json", "optimizer.json"}
-
-# safetensors' names of floating-point dtypes -> the config's.
-CONFIG_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def save_compressed(
@@ -55,11 +39,11 @@ def save_compressed(
         def write(new: Path) -> None:
             dense = new.parent / "dense"
             model_or_folder.save_pretrained(dense, max_shard_size=max_shard_size)
-            _compress_folder(dense, new)
+            compress_folder(dense, new)
 
         return _save(Path(path), write)
     source = _source_folder(model_or_folder, path)
-    return _save(Path(path), lambda new: _compress_folder(source, new))
+    return _save(Path(path), lambda new: compress_folder(source, new))
 
 
 def save_dense(folder: str | Path, path: str | Path) -> Path:
@@ -82,7 +66,7 @@ def save_dense(folder: str | Path, path: str | Path) -> Path:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"`{path}` must be a new folder: choose another one.")
     with only_saver(path):
-        write_folder(path, lambda new: _expand_folder(source, new))
+        write_folder(path, lambda new: expand_folder(source, new))
     return path
 
 
@@ -107,55 +91,3 @@ def _source_folder(folder: str | Path, path: str | Path) -> Path:
     if source.resolve() == Path(path).resolve():
         raise ValueError(f"The new folder must be another one than the source, got `{path}`.")
     return source
-
-
-def _compress_folder(source: Path, new: Path) -> None:
-    config = read_json(source / CONFIG_FILE)
-    found = field(config, "quantization_config", dict, source / CONFIG_FILE)
-    if found is not None:
-        raise ValueError(
-            f"`{source}` is quantized or compressed already ({found.get('quant_method')!r}). Pass a plain checkpoint."
-        )
-    _copy_companions(source, new)
-    weights = compress_weights(source, new)
-    config.pop("transformers_weights", None)
-    if not config.keys() & {"dtype", "torch_dtype"}:  # a loader would guess it from weights that it cannot read
-        config["dtype"] = _first_dtype(source)
-    config["quantization_config"] = {"quant_method": QUANT_METHOD, "format": FORMAT, "weights": weights}
-    write_json(new / CONFIG_FILE, config)
-
-
-def _expand_folder(source: Path, new: Path) -> None:
-    config = read_json(source / CONFIG_FILE)
-    config.pop("quantization_config", None)
-    _copy_companions(source, new)
-    expand_weights(source, new)
-    write_json(new / CONFIG_FILE, config)
-
-
-def _first_dtype(source: Path) -> str:
-    dtypes = [tensor.dtype for tensor in read_headers(source).values()]
-    return next((CONFIG_DTYPES[dtype] for dtype in dtypes if dtype in CONFIG_DTYPES), "float32")
-
-
-def _copy_companions(source: Path, new: Path) -> None:
-    for file in sorted(source.iterdir()):
-        if not _is_companion(file):
-            continue
-        if not _stays_inside(file, source):
-            raise ValueError(f"`{file}` links to a file outside the checkpoint, which might be private. Remove it.")
-        shutil.copyfile(file, new / file.name)
-
-
-def _is_companion(file: Path) -> bool:
-    if not file.is_file() or file.name in LEFT_BEHIND or file.name.startswith("."):
-        return False
-    return file.name in COMPANION_FILES or (
-        file.suffix in COMPANION_SUFFIXES and not file.name.endswith(".index.json")
-    )
-
-
-def _stays_inside(file: Path, source: Path) -> bool:
-    """Whether a link, if it is one, leads into the folder itself or, in the Hub's cache, to the repository's blobs."""
-    folder, target = source.resolve(), file.resolve()
-    return target.parent in (folder, folder.parent.parent / "blobs")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 
@@ -37,25 +37,6 @@ def local_folder(
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no detail'})."
         ) from error
     return Path(fetched)
-
-
-def push_folder(
-    folder: Path,
-    repo_id: str,
-    private: bool | None,
-    token: str | bool | None,
-    commit_message: str,
-    leave_out: Sequence[str] = (),
-) -> str:
-    """Create the repository if needed, upload the folder in one commit, return the commit's address.
-
-    Args:
-        leave_out: patterns of paths that stay here.
-    """
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    options = {"commit_message": commit_message, "ignore_patterns": list(leave_out)}
-    return api.upload_folder(repo_id=repo_id, folder_path=folder, **options).commit_url
 
 
 def hub_source(folder: Path) -> tuple[str, str | None]:

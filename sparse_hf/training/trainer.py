@@ -1,9 +1,11 @@
 """A `transformers.Trainer` that trains sparse models: only what a callback cannot do is overridden."""
 
+from concurrent.futures import Future
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from huggingface_hub import CommitInfo
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -27,6 +29,7 @@ from sparse_hf.training.load_balancer import LoadBalancer
 from sparse_hf.training.lottery_search import LotterySearch
 from sparse_hf.training.top_k_scheduling import TopKScheduleCallback
 from sparse_hf.training.trainer_card import bring_from_checkpoint, complete_card
+from sparse_hf.training.trainer_push import holds_compressed, push_in_one_commit
 
 
 # Methods that train more than once.
@@ -146,6 +149,8 @@ class SparseTrainer(Trainer):
                 )
             resume_from_checkpoint = str(checkpoint)
         self._resumed_at = steps_in_checkpoint(Path(resume_from_checkpoint)) if resume_from_checkpoint else None
+        if resume_from_checkpoint and self._sparsity_callback is not None:
+            self._sparsity_callback.resume_from = resume_from_checkpoint  # DeepSpeed loads it by other ways than ours
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -285,6 +290,32 @@ class SparseTrainer(Trainer):
             if self._sparsity_callback is not None:
                 self._sparsity_callback.save_masks(Path(self.args.output_dir))
             complete_card(self)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        *,
+        compressed: bool = False,
+        **kwargs: object,
+    ) -> CommitInfo | Future | None:
+        """The Trainer's, with masks and a card.
+
+        Args:
+            compressed: push what `save_compressed` makes of the output folder, which keeps its dense files.
+
+        A compressed push deletes a dense checkpoint at the top of the repository in the same commit, and a dense one a
+        compressed.
+        """
+        options = {} if private is None else {"private": private}
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, **options)
+        if compressed or holds_compressed(self, token, revision):
+            return push_in_one_commit(self, compressed, commit_message, blocking, token, revision, **kwargs)
+        return super().push_to_hub(commit_message, blocking, token, revision, **options, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Masks and a card go along; the Trainer takes nothing but stock files from a checkpoint."""

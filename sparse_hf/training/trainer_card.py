@@ -26,11 +26,12 @@ WORKING_FILES += ("/round-*/", "/search/", "/first-stage/")
 TRAINING = "## Training procedure"
 
 
-def complete_card(trainer: "SparseTrainer", source: Path | None = None) -> None:
+def complete_card(trainer: "SparseTrainer", source: Path | None = None, target: Path | None = None) -> None:
     """Write our card in the place of the Trainer's, with what that one knows; a model without sparsity keeps it.
 
     Args:
-        source: the folder that tells what is sparse; by default the output folder.
+        source: the folder that tells what is sparse; by default the output folder, where the Trainer's card is.
+        target: the folder to write to; by default the output folder too.
     """
     folder = Path(trainer.args.output_dir)
     if trainer.search is not None:
@@ -41,8 +42,7 @@ def complete_card(trainer: "SparseTrainer", source: Path | None = None) -> None:
         return
     if found.kind in ("model", "adapter"):
         return
-    path = folder / CARD_FILE
-    stock = ModelCard.load(path, ignore_metadata_errors=True)
+    stock, target = ModelCard.load(folder / CARD_FILE, ignore_metadata_errors=True), target or folder
     base = found.base_model or stock.data.base_model
     found = dataclasses.replace(found, base_model=base if isinstance(base, str) else None)
     name = trainer.hub_model_id or folder.resolve().name
@@ -52,7 +52,7 @@ def complete_card(trainer: "SparseTrainer", source: Path | None = None) -> None:
         name,
         last_evaluation(trainer),
         stock.data.license or license_of(found, trainer.args.hub_token),
-        picture=draw_layers(found, folder / PICTURE_FILE),
+        picture=draw_layers(found, target / PICTURE_FILE),
         more=[(TRAINING.removeprefix("## "), training.strip())] if training.strip() else [],
     )
     data = card.data
@@ -60,7 +60,7 @@ def complete_card(trainer: "SparseTrainer", source: Path | None = None) -> None:
     data.datasets, data.language = stock.data.datasets, stock.data.get("language")
     if stock.data.eval_results:  # of a data set that the Trainer knows by name
         data.model_name, data.eval_results = stock.data.model_name, stock.data.eval_results
-    save_card(card, path)
+    save_card(card, target / CARD_FILE)
 
 
 def last_evaluation(trainer: "SparseTrainer") -> dict[str, float]:

@@ -154,6 +154,8 @@ def commit(hub: Repositories, request: Request, repository: Repository, branch: 
         key, value = (json.loads(line)[part] for part in ("key", "value"))
         if key == "header":
             message = value["summary"]
+            if value.get("parentCommit", found[0]) != found[0]:
+                return error(412, "A commit has happened since. Please refresh and try again.")
         elif key == "file":
             files[value["path"]] = Blob(base64.b64decode(value["content"]))
         elif key == "lfsFile":

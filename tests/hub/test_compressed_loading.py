@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 
 import pytest
 import torch
@@ -76,6 +77,22 @@ def test_shards_and_a_new_head(tmp_path):
         found.append(AutoModelForSequenceClassification.from_pretrained(folder))
     assert same(*found)
     assert same(*(AutoModel.from_pretrained(folder) for folder in (dense, small)))
+
+
+def test_the_threads_that_read_tensors_expand_them(tmp_path, monkeypatch):
+    dense, small = saved(sparse_model(), tmp_path)
+    ahead, threads = Expand.ahead, []
+    monkeypatch.setattr(
+        Expand, "ahead", lambda *arguments: threads.append(threading.current_thread().name) or ahead(*arguments)
+    )
+    expected = AutoModelForCausalLM.from_pretrained(dense)
+    assert same(expected, AutoModelForCausalLM.from_pretrained(small))
+    assert len(threads) == len(load_file(small / COMPRESSED_FILE))
+    assert any(name.startswith("ThreadPoolExecutor") for name in threads)
+    threads.clear()
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
+    assert same(expected, AutoModelForCausalLM.from_pretrained(small))
+    assert threads == []
 
 
 @pytest.mark.parametrize("size", ["1GB", "30KB"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sparse_hf import save_compressed, save_dense
-from sparse_hf.hub import save_compressed as module
+from sparse_hf.storage import compressed_folder
 from sparse_hf.storage.compressed_checkpoint import COMPRESSED_FILE, COMPRESSED_INDEX, read_forms
 from sparse_hf.storage.save_lock import only_saver
 from tiny_sparse import sparse_model
@@ -95,7 +95,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(dense, tmp_path, monkeypatc
         (destination / "half").write_text("x")
         raise error
 
-    monkeypatch.setattr(module, "compress_weights", failing)
+    monkeypatch.setattr(compressed_folder, "compress_weights", failing)
     with pytest.raises(type(error), match="Could not save" if isinstance(error, OSError) else None):
         save_compressed(sparse_model(sparsity=0.5), tmp_path / "small")
     assert contents(tmp_path / "small") == before

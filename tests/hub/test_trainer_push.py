@@ -107,12 +107,41 @@ def test_a_slim_model_is_pushed_with_the_code_that_reads_it(hub, tmp_path):
     assert "| `encoder.layer.1` | 2 of 2 | 16 of 32 |" in hub.text("me/model", "README.md")
 
 
+@pytest.mark.parametrize("blocking", [True, False])
+def test_push_to_hub_compressed_and_dense_again(hub, tmp_path, blocking):
+    trainer = trained(tmp_path / "run", StaticSparsityConfig(sparsity=0.5), max_steps=1)
+
+    def push(**options):
+        pushed = trainer.push_to_hub("message", blocking=blocking, **options)
+        assert (pushed if blocking else pushed.result()).oid == hub.repositories.named["me/model"].refs["main"]
+        commits.append(set(hub.files("me/model")))
+        assert_same(tensors(AutoModelForSequenceClassification.from_pretrained("me/model")), tensors(trainer.model))
+        assert_same(Ticket.from_pretrained("me/model").masks(), trainer.ticket.masks())
+        return hub.text("me/model", "README.md")
+
+    commits = []
+    push()
+    text = push(compressed=True, tags="mine")
+    assert "import sparse_hf\nfrom transformers" in text
+    assert "learning_rate: 0.01" in text
+    assert {"compressed", "mine", "generated_from_trainer"} <= set(ModelCard(text).data.tags)
+    assert (tmp_path / "run" / "model.safetensors").is_file()  # here it stays dense, and its card says so
+    assert "import sparse_hf\nfrom" not in (tmp_path / "run" / "README.md").read_text()
+    assert "import sparse_hf\nfrom" not in push()
+    assert commits[0] - commits[1] == {"model.safetensors"}
+    assert commits[1] - commits[0] == {"compressed.safetensors"}
+    assert commits[2] == commits[0]
+    assert hub.repositories.named["me/model"].messages[-3:] == ["message"] * 3
+
+
 def test_a_dsee_adapter(hub, tmp_path):
     adapted = dsee_model("bert", stirred=False)
     trainer = trained(tmp_path / "run", None, model=adapted, max_steps=1)
     trainer.push_to_hub()
     pulled = PeftModel.from_pretrained(base_model("bert"), "me/model").eval()
     assert torch.equal(logits(pulled), logits(adapted.eval()))
+    with pytest.raises(FileNotFoundError, match="adapters are not compressed"):
+        trainer.push_to_hub(compressed=True)
     text = hub.text("me/model", "README.md")
     assert "A DSEE adapter" in text
     assert ModelCard(text).data.library_name == "sparse_hf"

@@ -1,11 +1,9 @@
 """A folder is used as it is; anything else is asked of the Hub, in one sentence when that fails."""
 
-from types import SimpleNamespace
-
 import pytest
 
 from sparse_hf.storage import locations
-from sparse_hf.storage.locations import hub_source, local_folder, push_folder
+from sparse_hf.storage.locations import hub_source, local_folder
 
 
 def test_a_folder_is_itself(tmp_path):
@@ -35,34 +33,6 @@ def test_a_file_is_not_a_folder(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(FileNotFoundError, match="neither a folder"):
         local_folder(tmp_path / "file", ["a"])
-
-
-class FakeHub:
-    """Records what is asked of `HfApi`."""
-
-    calls = []
-
-    def __init__(self, token):
-        self.calls.append(("token", token))
-
-    def create_repo(self, repo_id, **options):
-        self.calls.append(("create", repo_id, options))
-        return SimpleNamespace(repo_id=f"me/{repo_id}")
-
-    def upload_folder(self, **options):
-        self.calls.append(("upload", options))
-        return SimpleNamespace(commit_url="https://hub/commit/1")
-
-
-def test_push_creates_the_repository_and_uploads_one_commit(tmp_path, monkeypatch):
-    monkeypatch.setattr(locations, "HfApi", FakeHub)
-    monkeypatch.setattr(FakeHub, "calls", [])
-    assert push_folder(tmp_path, "x", True, "t", "message") == "https://hub/commit/1"
-    assert FakeHub.calls == [
-        ("token", "t"),
-        ("create", "x", {"private": True, "exist_ok": True}),
-        ("upload", dict(repo_id="me/x", folder_path=tmp_path, commit_message="message", ignore_patterns=[])),
-    ]
 
 
 def test_a_copy_in_the_hubs_cache_knows_what_it_is_a_copy_of(tmp_path):
