@@ -1,7 +1,8 @@
 """What of a sharded tensor does this rank hold, and how do all ranks come to one number or one whole?
 
 Sharded means a DTensor whose first axis is spread over the ranks of one group, as FSDP2 leaves parameters, gradients
-and moments. For a plain tensor everything here is the tensor itself, and nothing is communicated.
+and moments, or a parameter that DeepSpeed ZeRO has cut into flat runs. For a plain tensor everything here is the
+tensor itself, and nothing is communicated.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,20 +12,27 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from sparse_hf.algorithms.zero_partitions import group_of, is_partitioned, partition_of, whole_shape
+
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether ranks hold parts of `tensor`."""
-    return isinstance(tensor, DTensor)
+    return isinstance(tensor, DTensor) or is_partitioned(tensor)
 
 
 @torch.no_grad()
 def local_part(tensor: Tensor) -> Tensor:
-    """What this rank holds, a tensor that shares its memory; neighbouring entries along the first axis, or none."""
+    """What this rank holds, a tensor that shares its memory: neighbouring entries, or none.
+
+    Of a DTensor neighbours along the first axis; of a parameter under ZeRO a 1-D run of its fp32 masters.
+    """
+    if is_partitioned(tensor):
+        return partition_of(tensor).weights
     return tensor.detach().to_local() if is_sharded(tensor) else tensor.detach()
 
 
 def first_row(tensor: Tensor) -> int:
-    """The index along the first axis of the whole at which this rank's part begins."""
+    """The index along the first axis of the whole at which this rank's part of a DTensor or plain tensor begins."""
     if not is_sharded(tensor):
         return 0
     # DTensor cuts as torch.chunk does: every rank but the last ones holds the rounded-up share.
@@ -34,6 +42,9 @@ def first_row(tensor: Tensor) -> int:
 
 def part_of(whole: Tensor, like: Tensor) -> Tensor:
     """The part of `whole`, which every rank has, that lies where this rank's part of `like` lies."""
+    if is_partitioned(like):
+        run = partition_of(like)
+        return whole.reshape(-1)[run.start : run.start + run.weights.numel()].to(run.weights.device)
     if not is_sharded(like):
         return whole.to(like.device)
     spread = distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
@@ -46,6 +57,8 @@ def whole_of(part: Tensor, like: Tensor) -> Tensor:
 
     All ranks call it together, and all get the result: a copy where `like` is sharded.
     """
+    if is_partitioned(like):
+        return _join_runs(part, like)
     if not is_sharded(like):
         return part
     # As bytes, since not every backend sends booleans.
@@ -54,15 +67,48 @@ def whole_of(part: Tensor, like: Tensor) -> Tensor:
     return DTensor.from_local(sent, like.device_mesh, like.placements, **options).full_tensor().to(part.dtype)
 
 
+def _join_runs(part: Tensor, like: Tensor) -> Tensor:
+    """Bytes are added up, to which only one rank gives other than zeros: bit-exact, and runs may differ in length."""
+    shape, group = whole_shape(like), group_of(like)
+    joined = torch.zeros(torch.Size(shape).numel(), dtype=part.dtype, device=_sending_device(group))
+    start = partition_of(like).start
+    joined[start : start + part.numel()] = part
+    dist.all_reduce(joined.view(torch.uint8), group=group)
+    return joined.view(shape)
+
+
+def _sending_device(group: dist.ProcessGroup) -> torch.device:
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device("cpu") if dist.get_backend(group) == "gloo" or accelerator is None else accelerator
+
+
 def sum_over_ranks(tensors: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
     """A function that adds up an int64 CPU tensor over the ranks which together hold each of `tensors` once.
 
     Raises:
-        ValueError: they are spread in other ways than along the first axis over one and the same group of ranks.
+        ValueError: they are spread in other ways than along the first axis over one and the same group of ranks, or by
+            ZeRO over all ranks.
     """
+    tensors = list(tensors)
     sharded = [tensor for tensor in tensors if is_sharded(tensor)]
     if not sharded:
         return lambda counts: counts
+    if any(map(is_partitioned, sharded)):
+        group = _zero_group(tensors)
+        device = _sending_device(group)
+    else:
+        mesh = _one_mesh(sharded)
+        group, device = mesh.get_group(), mesh.device_type
+
+    def add(counts: Tensor) -> Tensor:
+        moved = counts.to(device, copy=True)
+        dist.all_reduce(moved, group=group)
+        return moved.cpu()
+
+    return add
+
+
+def _one_mesh(sharded: list[Tensor]) -> dist.DeviceMesh:
     mesh = sharded[0].device_mesh
     for tensor in sharded:
         if tensor.device_mesh != mesh or mesh.ndim != 1 or tuple(tensor.placements) != (Shard(0),):
@@ -70,10 +116,20 @@ def sum_over_ranks(tensors: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
                 "Sharded weights must be split along their first axis over one group of ranks, as plain FSDP2 does, "
                 f"got {tensor.placements} on {tensor.device_mesh}. Leave out tensor parallelism and HSDP."
             )
+    return mesh
 
-    def add(counts: Tensor) -> Tensor:
-        moved = counts.to(mesh.device_type)
-        dist.all_reduce(moved, group=mesh.get_group())
-        return moved.cpu()
 
-    return add
+def _zero_group(tensors: list[Tensor]) -> dist.ProcessGroup:
+    if not all(map(is_partitioned, tensors)):
+        raise ValueError(
+            "Every masked weight must be trained under ZeRO-1 and ZeRO-2, which leave frozen ones whole on each rank: "
+            "train it, or use ZeRO-3."
+        )
+    for tensor in tensors:
+        size = dist.get_world_size(group_of(tensor))
+        if size != dist.get_world_size():
+            raise ValueError(
+                f"ZeRO must split weights over all {dist.get_world_size()} ranks, got groups of {size}. Leave out "
+                "MiCS, tensor and expert parallelism."
+            )
+    return group_of(tensors[0])

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from sparse_hf.algorithms.zero_partitions import whole_shape
 from sparse_hf.anatomy.canonical_names import canonical_names, head_names, named_canonical_parameters
 from sparse_hf.anatomy.families import (
     ADAPTER_PREFIXES,
@@ -122,13 +123,14 @@ def _find_matrices(model: nn.Module) -> list[_Matrix]:
     for name, parameter in named_canonical_parameters(model).items():
         if name.endswith("bias"):  # gpt_oss: `experts.gate_up_proj_bias` is 2-D, one row per expert
             continue
-        stacked = parameter.ndim == 3 and any(_is_expert_module(owner.module) for owner in owners[name])
-        if parameter.ndim != 2 and not stacked:
+        shape = whole_shape(parameter)
+        stacked = len(shape) == 3 and any(_is_expert_module(owner.module) for owner in owners[name])
+        if len(shape) != 2 and not stacked:
             continue
         layouts = [_stored_transposed(owner, stacked) for owner in owners[name]]
         linear = None not in layouts  # else an embedding (tied or not), or a parameter of no known layer
         default = linear and name not in heads and not any(_is_excluded(owner, routers) for owner in owners[name])
-        sites = _make_sites(name, tuple(parameter.shape), transposed=linear and bool(layouts[0]))
+        sites = _make_sites(name, shape, transposed=linear and bool(layouts[0]))
         matrices.extend(_Matrix(site, default, parameter) for site in sites)
     return matrices
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 from sparse_hf.algorithms.masking import INTEGER_VIEW
+from sparse_hf.algorithms.zero_partitions import whole_shape
 
 
 # The only part of a base model that some heads leave out: `BertForTokenClassification` has no pooler.
@@ -31,7 +32,7 @@ def misfits(shapes: Mapping[str, tuple[int, ...]], parameters: Mapping[str, Tens
     unfit = [name for name, shape in shapes.items() if name in parameters and not _fits(parameters[name], shape)]
     problems = [f"no parameter `{name}`{near(name, parameters)}" for name in absent[:shown]]
     for name in unfit[: shown - len(problems)]:
-        found = f"{list(parameters[name].shape)} of {parameters[name].dtype}"
+        found = f"{list(whole_shape(parameters[name]))} of {parameters[name].dtype}"
         problems.append(f"`{name}` is {found}, the mask {list(shapes[name])} for floating-point weights")
     hidden = len(absent) + len(unfit) - len(problems)
     return "; ".join([*problems, f"and {hidden} more"] if hidden else problems)
@@ -44,4 +45,4 @@ def near(name: str, names: Iterable[str]) -> str:
 
 
 def _fits(parameter: Tensor, shape: tuple[int, ...]) -> bool:
-    return tuple(parameter.shape) == shape and parameter.dtype in INTEGER_VIEW
+    return whole_shape(parameter) == shape and parameter.dtype in INTEGER_VIEW

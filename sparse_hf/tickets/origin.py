@@ -1,6 +1,7 @@
 """Where does a ticket come from?"""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from sparse_hf import __version__
+from sparse_hf.algorithms.zero_partitions import whole_shape
 from sparse_hf.anatomy.canonical_names import unwrap
 from sparse_hf.storage.checked_json import field as checked
 from sparse_hf.storage.checked_json import read_json
@@ -35,7 +37,7 @@ def origin_of(model: nn.Module, **known: object) -> TicketOrigin:
         "model_type": getattr(config, "model_type", None),
         "base_model": getattr(config, "name_or_path", None) or None,
         "base_revision": getattr(config, "_commit_hash", None),
-        "model_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "model_parameters": sum(math.prod(whole_shape(parameter)) for parameter in model.parameters()),
         "versions": {"sparse_hf": __version__, **{name: version(name) for name in ("torch", "transformers")}},
     }
     return TicketOrigin(**(facts | known))

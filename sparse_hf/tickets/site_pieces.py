@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparse_hf.algorithms.shard_layout import ShardLayout
 from sparse_hf.algorithms.sharded_tensors import first_row, is_sharded, local_part, sum_over_ranks
+from sparse_hf.algorithms.zero_partitions import Partition, is_partitioned, partition_of
 from sparse_hf.anatomy.sites import Site
 
 
@@ -21,17 +22,17 @@ class SitePiece:
         position: of the site in the list of sites.
         parameter: canonical name of the parameter that stores it.
         start: flat index of the piece's first weight in the whole site.
-        expert: which entry of this rank's part of the parameter it is; None for all of that part.
+        within: which entry or entries of this rank's part of the parameter it is; None for all of that part.
     """
 
     position: int
     parameter: str
     start: int
-    expert: int | None
+    within: int | slice | None
 
     def part(self, local: Tensor) -> Tensor:
         """The piece in a tensor shaped like this rank's part of the parameter: a view."""
-        return local if self.expert is None else local[self.expert]
+        return local if self.within is None else local[self.within]
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,13 @@ class SitePieces:
         """Masks of this rank's parts of the parameters from a mask of each piece."""
         joined: dict[str, Tensor] = {}
         for piece, mask in zip(self.pieces, masks, strict=True):
-            if piece.expert is None:
+            if piece.within is None:
                 joined[piece.parameter] = mask
                 continue
             if piece.parameter not in joined:
                 # Experts that are no site (excluded by a pattern) stay dense.
                 joined[piece.parameter] = _all_kept(parameters[piece.parameter])
-            joined[piece.parameter][piece.expert].copy_(mask)
+            piece.part(joined[piece.parameter]).copy_(mask)
         # A rank may hold nothing of a parameter, and the order is the sites' on all ranks.
         return {
             name: joined[name] if name in joined else _all_kept(parameters[name])
@@ -112,6 +113,8 @@ def pieces_of(sites: Sequence[Site], parameters: Mapping[str, Tensor]) -> SitePi
 
 def _piece(position: int, site: Site, parameter: Tensor) -> SitePiece | None:
     """None if this rank holds nothing of the site."""
+    if is_partitioned(parameter):
+        return _piece_of_run(position, site, partition_of(parameter))
     first, rows = first_row(parameter), local_part(parameter).shape[0]
     if site.expert is None:
         start = first * math.prod(parameter.shape[1:])
@@ -119,3 +122,13 @@ def _piece(position: int, site: Site, parameter: Tensor) -> SitePiece | None:
     if first <= site.expert < first + rows:
         return SitePiece(position, site.parameter, 0, site.expert - first)
     return None
+
+
+def _piece_of_run(position: int, site: Site, run: Partition) -> SitePiece | None:
+    """What a run of neighbouring weights holds of the site, which is itself a run of its parameter."""
+    size = math.prod(site.shape)
+    site_start = size * (site.expert or 0)
+    first, end = max(site_start, run.start), min(site_start + size, run.start + run.weights.numel())
+    if first >= end:
+        return None
+    return SitePiece(position, site.parameter, first - site_start, slice(first - run.start, end - run.start))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sparse_hf.algorithms.bits import pack_bits, unpack_bits
 from sparse_hf.algorithms.mask_distance import hamming_distance, overlap
 from sparse_hf.algorithms.masking import sign_extended, zero_pruned_
+from sparse_hf.algorithms.sharded_tensors import whole_of
 from sparse_hf.anatomy.canonical_names import named_canonical_parameters
 from sparse_hf.anatomy.sites import find_sites
 from sparse_hf.storage.durable import write_json
@@ -68,7 +69,8 @@ class Ticket:
         parameters = named_canonical_parameters(model)
         held = pieces_of(find_sites(model, include, exclude), parameters)
         masks = held.join([part != 0 for part in held.take(parameters)], parameters)
-        return cls.from_masks(masks, origin_of(model))
+        whole = {name: whole_of(mask, parameters[name]) for name, mask in masks.items()}
+        return cls.from_masks(whole, origin_of(model))
 
     def mask(self, name: str) -> Tensor:
         """Bool mask of one parameter, True = kept.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sparse_hf.algorithms.bits import pack_bits
 from sparse_hf.algorithms.schedules import cubic_sparsity
 from sparse_hf.algorithms.sharded_tensors import local_part
 from sparse_hf.anatomy.canonical_names import named_canonical_parameters
@@ -28,6 +29,7 @@ from sparse_hf.tickets.origin import TicketOrigin, origin_of
 from sparse_hf.tickets.ticket import DESCRIPTION_FILE, Ticket
 from sparse_hf.training.first_masks import draw_at, masks_of_ticket, parts_of, static_masks
 from sparse_hf.training.mask_keeper import MaskKeeper
+from sparse_hf.training.sharding_checks import check_score
 
 
 logger = logging.getLogger(__name__)
@@ -78,7 +80,9 @@ class SparsityCallback(TrainerCallback):
         if self._gathered is not None:
             return self._gathered
         if self.keeper is not None:
-            return Ticket.from_masks(dict(self.keeper.whole_masks()), self._origin)
+            # One whole mask at a time: packed, it is an eighth as large.
+            bits = {name: pack_bits(mask).cpu() for name, mask in self.keeper.whole_masks()}
+            return Ticket(bits, self.keeper.shapes, self._origin)
         if self._last is None:
             raise RuntimeError("There is no ticket yet: masks are drawn when training begins. Call `train()` first.")
         return self._last
@@ -99,6 +103,7 @@ class SparsityCallback(TrainerCallback):
             self.keeper.detach()
         self._saved_in = None
         self._check_schedule(state)
+        check_score(self.sparsity, model)
         self._origin = self._describe(model)
         if state.global_step > 0:
             masks = self._masks_of_checkpoint(args, state, model)

@@ -10,6 +10,16 @@ from safetensors import SafetensorError, safe_open
 from sparse_hf.storage.checked_json import read_json
 
 
+# The states of optimizer, scheduler and random numbers, each under the names that the Trainer, FSDP (whole or sharded)
+# and DeepSpeed give it.
+NEEDED = (
+    ("optimizer.pt", "optimizer.bin", "optimizer_*/.metadata", "global_step*/*optim_states.pt"),
+    ("scheduler.pt", "global_step*/*model_states.pt"),
+    ("rng_state*.pth",),
+)
+ZIPPED = ("*.pt", "*.pth", "optimizer.bin", "global_step*/*.pt")
+
+
 def last_complete_checkpoint(folder: Path, needed: str | None = None) -> Path | None:
     """The newest `checkpoint-N` in `folder` that was written to its end; one cut off by a kill is passed over.
 
@@ -39,9 +49,9 @@ def is_complete(checkpoint: Path, needed: str | None = None) -> bool:
                 pass
     except (OSError, ValueError, SafetensorError):
         return False
-    if not all(any(checkpoint.glob(pattern)) for pattern in ("optimizer.pt", "scheduler.pt", "rng_state*.pth")):
+    if not all(any(file for pattern in patterns for file in checkpoint.glob(pattern)) for patterns in NEEDED):
         return False
-    return all(zipfile.is_zipfile(file) for pattern in ("*.pt", "*.pth") for file in checkpoint.glob(pattern))
+    return all(zipfile.is_zipfile(file) for pattern in ZIPPED for file in checkpoint.glob(pattern))
 
 
 def steps_in_checkpoint(checkpoint: Path) -> int:

@@ -7,6 +7,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from sparse_hf.algorithms.schedules import cubic_sparsity
 from sparse_hf.dsee.masking_config import DseeMaskingConfig
+from sparse_hf.training.sharding_checks import check_not_sharded
 
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class DseeMaskingCallback(TrainerCallback):
     ) -> None:
         """Check that there is an adapter to mask, and that the schedule ends within the training."""
         check_maskable(model)
+        check_not_sharded(model, "Masking by the update")
         end = self.config.start_step if self.config.end_step is None else self.config.end_step
         if end > state.max_steps:
             raise ValueError(

@@ -17,7 +17,7 @@ from sparse_hf.dsee.masking_config import DseeTwoStageConfig
 from sparse_hf.training.checkpoints import last_complete_checkpoint
 from sparse_hf.training.dsee_masking import check_maskable, dsee_adapter
 from sparse_hf.training.for_one_training import train_anew, without_model_init
-from sparse_hf.training.search_checks import check_optimizers, check_resume
+from sparse_hf.training.search_checks import check_optimizers, check_resume, check_strategy
 from sparse_hf.training.search_journal import begin_search, open_journal
 from sparse_hf.training.snapshot import restore_snapshot, save_snapshot
 from sparse_hf.training.stateful_callbacks import callback_states, stopped_early
@@ -80,6 +80,7 @@ class DseeTwoStages:
 
         trainer, config = self.trainer, self.config
         check_resume(trainer, resume)
+        check_strategy(trainer, "DSEE in two stages rewinds and masks")
         adapter = dsee_adapter(trainer.model)
         folder = Path(trainer.args.output_dir)
         journal = open_journal(folder, {"method": "dsee_two_stages", **vars(config)}, bool(resume))

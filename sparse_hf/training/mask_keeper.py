@@ -9,17 +9,43 @@ schedulers, and it knows tensors by the parameter objects that this optimizer st
 3. optimizer moments are masked when masks change. With masked gradients they then stay zero by themselves in every
    rule that is elementwise; the keeper looks once after each change, and masks them after every step if they do not.
 
-Of sharded parameters (FSDP2) every rank keeps its own part, by masks of that part; a step communicates nothing.
+Of sharded parameters (FSDP2, ZeRO) every rank keeps its own part, by masks of that part; a step communicates nothing.
+Under ZeRO that part is a run of flat fp32 masters, stepped inside the backward pass: see `zero_stepping.py`.
 """
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from sparse_hf.algorithms.masking import sign_extended, zero_pruned_
 from sparse_hf.algorithms.sharded_tensors import is_sharded, local_part, sum_over_ranks, whole_of
+from sparse_hf.algorithms.zero_partitions import whole_shape
+from sparse_hf.training.zero_stepping import ZeroStepping, innermost
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """Where the optimizer holds this rank's weights of a parameter.
+
+    Attributes:
+        holder: the tensor that the optimizer steps: the parameter, or under ZeRO a flat tensor of many.
+        within: where in a flat holder they lie.
+    """
+
+    holder: Tensor
+    within: slice | None = None
+
+    def part(self, tensor: Tensor) -> Tensor:
+        """This rank's weights, gradients or moments in the holder or a tensor shaped like it: a view."""
+        return local_part(tensor) if self.within is None else tensor.detach()[self.within]
+
+    @property
+    def weights(self) -> Tensor:
+        """This rank's weights."""
+        return self.part(self.holder)
 
 
 class MaskKeeper:
@@ -40,16 +66,18 @@ class MaskKeeper:
             ValueError: a masked parameter that requires gradients is not stepped by this optimizer, or is sharded in
                 a way that is not known.
         """
-        while isinstance(optimizer, AcceleratedOptimizer):
-            optimizer = optimizer.optimizer
+        optimizer, self._zero = innermost(optimizer)
         self._optimizer = optimizer
         self._parameters = {name: parameters[name] for name in masks}
         self._add = sum_over_ranks(self._parameters.values())
-        _check_owned(self._parameters, optimizer)
+        self._stepped = {name: _stepped(one, self._zero) for name, one in self._parameters.items()}
+        if self._zero is None:
+            _check_owned(self._parameters, optimizer)
+        self.shapes = {name: whole_shape(one) for name, one in self._parameters.items()}
         self._bits: dict[str, Tensor] = {}
         self._gradients_masked = False
         self._masks_moments_always = False
-        self._steps_since_change = 0
+        self._calls_since_change = 0
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -58,9 +86,9 @@ class MaskKeeper:
 
     def set_masks(self, masks: Mapping[str, Tensor]) -> None:
         """Replace the masks; weights, gradients and moments of pruned positions become zero at once."""
-        self._bits = {name: sign_extended(mask.to(self._parameters[name].device)) for name, mask in masks.items()}
-        self._sparsity = 1 - self._total_kept(masks) / sum(one.numel() for one in self._parameters.values())
-        self._steps_since_change = 0
+        self._bits = {name: sign_extended(mask.to(self._stepped[name].weights.device)) for name, mask in masks.items()}
+        self._sparsity = 1 - self._total_kept(masks) / sum(math.prod(shape) for shape in self.shapes.values())
+        self._calls_since_change = 0
         self.mask_weights()
         self._mask_moments()
         self.mask_gradients()
@@ -86,17 +114,20 @@ class MaskKeeper:
             yield name, whole_of(bits != 0, self._parameters[name])
 
     def mask_weights(self) -> None:
-        """Zero the pruned weights."""
-        for name, bits in self._bits.items():
-            zero_pruned_(local_part(self._parameters[name]), bits)
+        """Zero the pruned weights; between steps, and on all ranks together."""
+        self._mask_weights(self._bits)
+        if self._zero is not None:
+            self._zero.update_model(self._parameters, self._bits)
 
     def mask_gradients(self) -> None:
-        """Zero the gradients of pruned weights: call it before the clip norm is taken, once per optimizer step."""
-        for name, bits in self._bits.items():
-            gradient = self._parameters[name].grad
-            if gradient is not None:
-                zero_pruned_(local_part(gradient), bits)
-        self._gradients_masked = True
+        """Zero the gradients of pruned weights: call it before the clip norm is taken, once per optimizer step.
+
+        DeepSpeed takes that norm and steps before a trainer can call anything. There this does nothing, and gradients
+        are masked when the optimizer is about to read them.
+        """
+        if self._zero is None:
+            self._mask_gradients(self._bits)
+            self._gradients_masked = True
 
     def detach(self) -> None:
         """Remove the hooks; the masks stay readable."""
@@ -104,19 +135,41 @@ class MaskKeeper:
             hook.remove()
 
     def _before_step(self, *_: object) -> None:
-        if not self._gradients_masked:
+        if self._zero is not None:
+            self._mask_gradients(self._being_stepped())
+        elif not self._gradients_masked:
             self.mask_gradients()
         self._gradients_masked = False
 
     def _after_step(self, *_: object) -> None:
-        self.mask_weights()
-        self._steps_since_change += 1
-        if self._steps_since_change == 2:
+        self._mask_weights(self._being_stepped())
+        self._calls_since_change += 1
+        steps, remainder = divmod(self._calls_since_change, 1 if self._zero is None else self._zero.calls_per_step)
+        if remainder:
+            return
+        if steps == 2:
             # Moments that a first step created were masked by now; if a second one revived some, the rule is not
             # elementwise (or its state is no moment) and needs masking for good.
             self._masks_moments_always = self._has_pruned_moments()
-        if self._steps_since_change == 1 or self._masks_moments_always:
+        if steps == 1 or self._masks_moments_always:
             self._mask_moments()
+
+    def _being_stepped(self) -> Iterable[str]:
+        """The names of what the running call of the optimizer steps: all, or under ZeRO what is in its groups now."""
+        if self._zero is None:
+            return self._bits
+        held = {id(tensor) for group in self._optimizer.param_groups for tensor in group["params"]}
+        return [name for name in self._bits if id(self._stepped[name].holder) in held]
+
+    def _mask_weights(self, names: Iterable[str]) -> None:
+        for name in names:
+            zero_pruned_(self._stepped[name].weights, self._bits[name])
+
+    def _mask_gradients(self, names: Iterable[str]) -> None:
+        for name in names:
+            gradient = self._stepped[name].holder.grad
+            if gradient is not None:
+                zero_pruned_(self._stepped[name].part(gradient), self._bits[name])
 
     @torch.no_grad()
     def _mask_moments(self) -> None:
@@ -130,10 +183,10 @@ class MaskKeeper:
 
     def _moments(self) -> Iterator[tuple[Tensor, Tensor]]:
         for name, bits in self._bits.items():
-            parameter = self._parameters[name]
-            for value in self._optimizer.state.get(parameter, {}).values():
-                if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
-                    yield local_part(value), bits
+            stepped = self._stepped[name]
+            for value in self._optimizer.state.get(stepped.holder, {}).values():
+                if isinstance(value, Tensor) and value.shape == stepped.holder.shape and value.is_floating_point():
+                    yield stepped.part(value), bits
 
     def _total_kept(self, masks: Mapping[str, Tensor]) -> int:
         """Over all ranks, what each of them holds whole once."""
@@ -144,14 +197,19 @@ class MaskKeeper:
         return whole + int(self._add(torch.tensor([here])))
 
 
+def _stepped(parameter: nn.Parameter, zero: ZeroStepping | None) -> Stepped:
+    if zero is None or not parameter.requires_grad:
+        return Stepped(parameter)
+    return Stepped(*zero.find(local_part(parameter)))
+
+
 def _check_owned(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameter in parameters.items():
         if parameter.requires_grad and id(parameter) not in stepped:
             raise ValueError(
                 f"Every masked weight must be stepped by the optimizer as it is, but {type(optimizer).__name__} does "
-                f"not hold `{name}`. DeepSpeed ZeRO and FSDP's first version are not supported yet: use one process, "
-                "DDP or FSDP2."
+                f"not hold `{name}`. FSDP's first version is not supported: use one process, DDP, FSDP2 or ZeRO."
             )
         if type(local_part(parameter)) is not Tensor:
             raise ValueError(

@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from sparse_hf.moe.router_logits import ROUTER_NAMES, RouterReader
 from sparse_hf.moe.router_schedule import RouterSchedule
+from sparse_hf.training.sharding_checks import check_not_sharded
 
 
 def trained_router_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -68,6 +69,7 @@ class RouterScheduleCallback(TrainerCallback):
     ) -> None:
         """Find the routers, and freeze them if the schedule begins so."""
         check_freezing(args)
+        check_not_sharded(model, "Freezing routers")  # what `accelerate launch` sets does not show in `args`
         set_frozen(self._routers, False)  # a batch-size search starts training again in the same run
         self._routers = trained_router_parameters(model)
         if not self._routers:

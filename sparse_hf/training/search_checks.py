@@ -22,11 +22,7 @@ def check_before_search(trainer: "SparseTrainer", config: LotteryTicketConfig) -
         ValueError: sharded training; no sites; a sparsity that leaves no weight; a round longer than the training; a
             rewinding step outside the dense round; checkpoints that stop a round before its end.
     """
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        raise ValueError(
-            "A search cannot rewind sharded parameters yet, got DeepSpeed or FSDP. Search on one process or under "
-            "DDP; the ticket trains under FSDP2."
-        )
+    check_strategy(trainer, "A search rewinds")
     sites = find_sites(trainer.model, config.include, config.exclude)
     weights = sum(rows * columns for rows, columns in (site.shape for site in sites))
     if num_kept(weights, config.sparsity) < len(sites):
@@ -50,6 +46,15 @@ def check_before_search(trainer: "SparseTrainer", config: LotteryTicketConfig) -
     if config.rewind_step >= length:
         raise ValueError(f"`rewind_step` must lie inside the first round of {length} steps, got {config.rewind_step}.")
     return sites
+
+
+def check_strategy(trainer: "SparseTrainer", what: str) -> None:
+    """Raise ValueError if parameters are sharded, where `what` is done with whole ones."""
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        raise ValueError(
+            f"{what} whole parameters, not sharded ones yet, got DeepSpeed or FSDP. Use one process or DDP; a ticket "
+            "that was found there trains under FSDP2 and ZeRO."
+        )
 
 
 def check_resume(trainer: "SparseTrainer", resume: str | bool | None) -> None:

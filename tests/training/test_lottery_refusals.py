@@ -136,7 +136,7 @@ def test_a_metric_that_is_no_number_does_not_break_the_search(tmp_path):
 
 
 def test_a_full_disk_keeps_the_tickets_before(tmp_path, monkeypatch):
-    original, calls = mask_file.save_file, []
+    original, calls = mask_file._write, []
 
     def fails_in_the_second_round(*args, **kwargs):
         calls.append(1)
@@ -145,7 +145,7 @@ def test_a_full_disk_keeps_the_tickets_before(tmp_path, monkeypatch):
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr(mask_file, "save_file", fails_in_the_second_round)
+        patched.setattr(mask_file, "_write", fails_in_the_second_round)
         with pytest.raises(OSError, match="the disk is full"):
             search(tmp_path).train()
     assert Ticket.from_pretrained(tmp_path / "round-1" / "ticket").sparsity == pytest.approx(0.25, abs=1e-3)
