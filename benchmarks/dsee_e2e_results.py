@@ -25,16 +25,14 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "dsee_gpt2.py"
 SEEDS, RATE_SEED = (0, 1, 2), 9
 SIZE = ("--max_train_samples", "3200", "--max_test_contexts", "30", "--num_train_epochs", "1", "--warmup_steps", "20")
 SIZE += ("--per_device_train_batch_size", "16", "--longest_text", "220", "--repeated", "12")  # tokens are short
-# In a 64 x 64 matrix: U V of rank 8 has 1,024 numbers, as rank 7 and 128 entries of S2 have; in a 32 x 64 matrix 768,
-# and 672 + 128.
-TUNED = ("--target_modules", "q_proj", "v_proj")
-OTHERS = ("k_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-DSEE = ("--method", "dsee", "--r", "7", "--nnz", "128", *TUNED)
+# Rank 8 has 9,248 numbers in the seven matrices of a layer; rank 7 has 8,092, and 165 entries of S2 in each make 9,247.
+TUNED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+DSEE = ("--method", "dsee", "--r", "7", "--nnz", "165", "--target_modules", *TUNED)
 METHODS = {
     "full": ("--method", "full"),
-    "lora": ("--method", "lora", "--r", "8", *TUNED),
+    "lora": ("--method", "lora", "--r", "8", "--target_modules", *TUNED),
     "dsee": DSEE,
-    "dsee-30": (*DSEE, "--base_sparsity", "0.3", "--masked_modules", *OTHERS),
+    "dsee-30": (*DSEE, "--base_sparsity", "0.3"),
 }
 RATES = {"full": ("5e-4", "2e-3"), "lora": ("2e-3", "1e-2")}
 VALIDATION_ROWS = 500
