@@ -25,7 +25,7 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "dsee_gpt2.py"
 SEEDS, RATE_SEED = (0, 1, 2), 9
 SIZE = ("--max_train_samples", "3200", "--max_test_contexts", "30", "--num_train_epochs", "1", "--warmup_steps", "20")
 SIZE += ("--per_device_train_batch_size", "16", "--longest_text", "220", "--repeated", "12")  # tokens are short
-# Rank 8 has 9,248 numbers in the seven matrices of a layer; rank 7 has 8,092, and 165 entries of S2 in each make 9,247.
+# Rank 8 has 9,248 numbers in the seven matrices of a layer; rank 7 has 8,092, and 165 entries of S2 each make 9,247.
 TUNED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DSEE = ("--method", "dsee", "--r", "7", "--nnz", "165", "--target_modules", *TUNED)
 METHODS = {
