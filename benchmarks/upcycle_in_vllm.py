@@ -34,7 +34,11 @@ HEADS = {"head_dim": 64}
 FAMILIES = {
     "llama": HEADS,
     "mistral": {"sliding_window": None, **HEADS},
-    "ministral3": HEADS,
+    "ministral3": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "llama_4_scaling_beta": 0.0},
+        "sliding_window": None,
+        **HEADS,
+    },
     "smollm3": {"no_rope_layers": [1, 1]},
     "phi3": {},
     "qwen2": {},
