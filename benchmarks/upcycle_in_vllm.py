@@ -31,11 +31,12 @@ SIZES = {
     "eos_token_id": 2,
 }
 HEADS = {"head_dim": 64}
+ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 FAMILIES = {
     "llama": HEADS,
     "mistral": {"sliding_window": None, **HEADS},
     "ministral3": {
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "llama_4_scaling_beta": 0.0},
+        "rope_parameters": {**ROPE, "original_max_position_embeddings": 256, "llama_4_scaling_beta": 0.0},
         "sliding_window": None,
         **HEADS,
     },
@@ -50,6 +51,8 @@ FAMILIES = {
     "cohere2": HEADS,
     "lfm2": {"layer_types": ["conv", "full_attention"]},
 }
+# lfm2_moe adds 1e-6 to the sum of the sigmoids by which it divides, which counts where a router gives small ones.
+ROUTER_STD = {"lfm2_moe": 0.02}
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -73,9 +76,8 @@ def compare(pair: str, folder: Path) -> str:
         if "norm" in name:
             torch.nn.init.normal_(parameter, 1.0, 0.1)
     model.save_pretrained(folder / "dense")
-    sparse_hf.upcycle(
-        folder / "dense", folder / "moe", 4, target=target, check_tokens=32, progress=False, router_std=0.5
-    )
+    options = {"check_tokens": 32, "progress": False, "router_std": ROUTER_STD.get(target, 0.5)}
+    sparse_hf.upcycle(folder / "dense", folder / "moe", 4, target=target, **options)
     ids = torch.randint(3, SIZES["vocab_size"], (1, 24))
     with torch.no_grad():
         expected = model(ids).logits[0].log_softmax(-1)
