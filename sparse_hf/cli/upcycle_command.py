@@ -44,7 +44,7 @@ def upcycle_folder(
         float | None, typer.Option(help="What an expert takes, in even shares of the tokens.")
     ] = None,
     router_samples: Annotated[
-        Path | None, typer.Option(help="JSON of texts by domain, to fit the routers to, one layer in memory at a time.")
+        Path | None, typer.Option(help="JSON of texts by domain, to fit the routers to, in the memory of one layer.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of all random numbers and of the check's tokens.")] = 0,
     check_tokens: Annotated[int, typer.Option(help="Tokens to compare the logits on; 0 skips that.")] = 256,
