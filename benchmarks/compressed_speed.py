@@ -1,4 +1,4 @@
-"""How fast and how small are compressed checkpoints, beside a copy in memory, torch's CSR and zstd?
+"""How fast and how small are compressed checkpoints, beside a copy in memory, torch's CSR, zstd and another bitmask?
 
     python benchmarks/compressed_speed.py [--elements 4194304 --rounds 9] [--dtypes F32 BF16] [--load]
 
@@ -6,7 +6,8 @@ One core. A tensor of random weights with zeros at random places is copied (memc
 Figures are medians of this thread's processor time, so that other programs count less, as fractions of memcpy's speed:
 1 is as fast as memcpy. "compress" includes counting and the choice of the form. Memory is the most that is held at
 once, in sizes of the tensor; what is given and what is returned count. zstd compresses the dense bytes with level 1,
-where Python has it (3.14) or `zstandard` is installed.
+where Python has it (3.14) or `zstandard` is installed. The other bitmask is that of compressed-tensors (`pip install
+compressed-tensors==0.9.4`; later releases have none), where it is installed.
 
 `--load` writes a BERT-base of 110 million random weights, densely and compressed, and loads both with
 `AutoModel.from_pretrained` in turns, in fresh page cache ("from disk") and not. A dense checkpoint is only mapped by
@@ -49,6 +50,16 @@ def zstd_functions() -> tuple[Callable, Callable] | None:
     return None
 
 
+def other_bitmask() -> type | None:
+    """The former bitmask codec of compressed-tensors."""
+    try:
+        return importlib.import_module(
+            "compressed_tensors.compressors.sparse_compressors.sparse_bitmask"
+        ).BitmaskTensor
+    except ImportError:
+        return None
+
+
 def medians(calls: dict[str, Callable], rounds: int) -> dict[str, float]:
     """Seconds of processor time of each call, in turns."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
@@ -80,6 +91,12 @@ def speed_row(dtype: str, sparsity: float, count: int, rounds: int) -> str:
         matrix = torch.from_numpy(elements.view(np.float32).reshape(-1, 1024))
         csr = matrix.to_sparse_csr()
         calls |= {"csr": matrix.to_sparse_csr, "csr back": csr.to_dense}
+    if dtype != "I8" and (bitmask := other_bitmask()):
+        dense = (
+            torch.from_numpy(data).view(getattr(torch, {"F32": "float32", "BF16": "bfloat16"}[dtype])).view(-1, 1024)
+        )
+        other = bitmask.from_dense(dense)
+        calls |= {"bitmask": lambda: bitmask.from_dense(dense), "bitmask back": other.decompress}
     if zstd := zstd_functions():
         small = zstd[0](data.tobytes())
         calls |= {"zstd": lambda: zstd[0](data.tobytes()), "zstd back": lambda: zstd[1](small)}
@@ -90,10 +107,18 @@ def speed_row(dtype: str, sparsity: float, count: int, rounds: int) -> str:
     sizes.append(len(stored) / (count * (kept * width + entropy / 8)))
     speeds = [
         f"{seconds['memcpy'] / seconds[name]:.2f}" if name in seconds else "-"
-        for name in ("compress", "expand", "csr", "csr back", "zstd", "zstd back")
+        for name in ("compress", "expand", "csr", "csr back", "zstd", "zstd back", "bitmask", "bitmask back")
     ]
-    rate = len(data) / seconds["memcpy"] / 1e9
-    cells = [dtype, f"{sparsity:.0%}", form.form, *(f"{size:.3f}" for size in sizes), f"{rate:.1f}", *speeds]
+    rate, zstd_size = len(data) / seconds["memcpy"] / 1e9, f"{len(small) / len(data):.3f}" if zstd else "-"
+    cells = [
+        dtype,
+        f"{sparsity:.0%}",
+        form.form,
+        *(f"{size:.3f}" for size in sizes),
+        f"{rate:.1f}",
+        *speeds,
+        zstd_size,
+    ]
     return f"| {' | '.join(cells)} |"
 
 
@@ -190,6 +215,7 @@ def main() -> None:
         "memcpy GB/s",
     ]
     head += ["compress", "expand", "torch to_sparse_csr", "torch to_dense", "zstd -1", "zstd back"]
+    head += ["other bitmask", "other bitmask back", "zstd size / dense"]
     print(f"| {' | '.join(head)} |\n|{' --- |' * len(head)}")
     for dtype in options.dtypes:
         for sparsity in SPARSITIES:
