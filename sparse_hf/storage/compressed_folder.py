@@ -1,4 +1,4 @@
-"""A sparse model's folder without the zeros, and back: what comes along with the weights, and what the config says?"""
+"""A sparse model's folder without the zeros, and back: what comes along with the weights, what the config says."""
 
 import contextlib
 import shutil

@@ -23,7 +23,7 @@ class DroppedTokens(TrainerCallback):
         """Watch the blocks of the model that is going to be trained."""
         self._let_go()  # a batch-size search starts training again in the same run
         blocks = _blocks(model)
-        self._sums = torch.zeros(len(blocks) + 1, dtype=torch.float64, device=args.device)
+        self._sums = torch.zeros(len(blocks) + 1, device=args.device)
         for layer, block in enumerate(blocks):
             self._hooks.append(block.register_forward_hook(lambda module, *_, layer=layer: self._add(layer, module)))
 

@@ -274,7 +274,7 @@ class SparseTrainer(Trainer):
         """Experts per token while they change, load, losses of balance, and what full experts lose."""
         entries = {}
         for callback in self.callback_handler.callbacks:
-            if isinstance(callback, TopKScheduleCallback):
+            if isinstance(callback, TopKScheduleCallback) and callback.k_of_last_step is not None:
                 entries["experts_per_token"] = float(callback.k_of_last_step)
         if self._load_balancer is not None:
             entries |= self._load_balancer.log_entries()
