@@ -16,7 +16,7 @@ from sparse_hf.tickets.fingerprint import base_fingerprint
 from sparse_hf.tickets.ticket import Ticket
 from sparse_hf.training.callback import SparsityCallback
 from training.tiny_training import assert_same
-from training.two_processes import run_two
+from training.two_processes import found_by_both, run_two
 from training.zero_processes import CASES, COMPARED, RESUMED, VARIANTS, plain_trainer, tied_classifier, tiny_mixture
 
 
@@ -45,13 +45,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("zero")
     save_ticket(folder / "ticket")
     run_two("training.zero_processes", "run_one_process", folder, DS_ACCELERATOR="cpu")
-    first, second = (load_file(folder / f"rank-{rank}.safetensors") for rank in (0, 1))
-    assert_same(first, second)
-    found: dict = {}
-    for name, tensor in first.items():
-        run, kind, parameter = name.split("/", 2)
-        found.setdefault(run, {}).setdefault(kind, {})[parameter] = tensor
-    return folder, found
+    return folder, found_by_both(folder)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from sparse_hf.anatomy.canonical_names import named_canonical_parameters
@@ -18,7 +18,7 @@ from sparse_hf.storage.mask_file import MASKS_FILE
 from sparse_hf.tickets.configs import GradualPruningConfig, StaticSparsityConfig
 from sparse_hf.tickets.ticket import Ticket
 from training.tiny_training import AtStep, Crash, CrashAt, assert_same, tiny_classifier, tiny_trainer
-from training.two_processes import run_two
+from training.two_processes import found_by_both, run_two
 
 
 CASES = {
@@ -102,13 +102,7 @@ def sharded(tmp_path_factory):
     """The folder of the run, and by case and kind ("weight", "mask") the whole tensors of its first process."""
     folder = tmp_path_factory.mktemp("fsdp2")
     run_two(__name__, "run_one_process", folder)
-    first, second = (load_file(folder / f"rank-{rank}.safetensors") for rank in (0, 1))
-    assert_same(first, second)
-    found: dict = {}
-    for name, tensor in first.items():
-        case, kind, parameter = name.split("/", 2)
-        found.setdefault(case, {}).setdefault(kind, {})[parameter] = tensor
-    return folder, found
+    return folder, found_by_both(folder)
 
 
 @pytest.mark.slow

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 import sparse_hf
 import training
+from training.tiny_training import assert_same
 
 
 # Importing takes longer than tiny trainings, so it is done once, in front of the fork.
@@ -47,3 +50,17 @@ def run_two(module: str, function: str, folder: Path, **environment: str) -> Non
         timeout=300,
     )
     assert ended.returncode == 0, ended.stdout.decode()[-6000:]
+
+
+def found_by_both(folder: Path) -> dict[str, dict[str, dict[str, Tensor]]]:
+    """What the two wrote to `rank-0.safetensors` and `rank-1.safetensors`, which must be equal.
+
+    Names are case/kind/parameter, and so are the dictionaries nested.
+    """
+    first, second = (load_file(folder / f"rank-{rank}.safetensors") for rank in (0, 1))
+    assert_same(first, second)
+    found: dict = {}
+    for name, tensor in first.items():
+        case, kind, parameter = name.split("/", 2)
+        found.setdefault(case, {}).setdefault(kind, {})[parameter] = tensor
+    return found
