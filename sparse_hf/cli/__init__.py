@@ -6,6 +6,7 @@ from sparse_hf.cli import (
     compress_commands,
     experts_commands,
     inspect_command,
+    plan_command,
     prune_command,
     publish_command,
     ticket_commands,
@@ -20,6 +21,7 @@ app.add_typer(experts_commands.app, name="experts")
 app.command("prune")(short_errors(prune_command.prune_folder))
 app.command("upcycle")(short_errors(upcycle_command.upcycle_folder))
 app.command("inspect")(short_errors(inspect_command.inspect_folder))
+app.command("plan")(short_errors(plan_command.plan_training))
 app.command("compress")(short_errors(compress_commands.compress))
 app.command("decompress")(short_errors(compress_commands.decompress))
 app.command("publish")(short_errors(publish_command.publish_folder))

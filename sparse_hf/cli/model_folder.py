@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 import transformers
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,6 +28,14 @@ def load_with_head(name_or_path: str, output: Path) -> tuple[PreTrainedModel, Pr
         return model, AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError):
         return model, None
+
+
+def model_without_weights(name_or_path: str) -> PreTrainedModel:
+    """The model with the head that its config names, on the meta device: shapes and no memory."""
+    config = AutoConfig.from_pretrained(name_or_path)
+    kind = getattr(transformers, (config.architectures or [""])[0], None)
+    with torch.device("meta"):
+        return AutoModel.from_config(config) if kind is None else kind(config)
 
 
 def save_sparse(

@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from sparse_hf.algorithms.block_scan import count_kept
 from sparse_hf.algorithms.shard_layout import ShardLayout
 from sparse_hf.algorithms.sharded_tensors import first_row, is_sharded, local_part, sum_over_ranks
 from sparse_hf.algorithms.zero_partitions import Partition, is_partitioned, partition_of
@@ -61,7 +62,7 @@ class SitePieces:
         """How many entries are True in each whole site, from a mask of each piece; all ranks ask together."""
         counts = [0] * len(self.sites)
         for piece, mask in zip(self.pieces, masks, strict=True):
-            counts[piece.position] = int(mask.sum())
+            counts[piece.position] = count_kept(mask)
         return self.layout.all_reduce_sum(torch.tensor(counts, dtype=torch.int64)).tolist()
 
     def join(self, masks: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sparse_hf.algorithms.block_scan import count_kept
 from sparse_hf.algorithms.masking import sign_extended, zero_pruned_
 from sparse_hf.algorithms.sharded_tensors import is_sharded, local_part, sum_over_ranks, whole_of
 from sparse_hf.algorithms.zero_partitions import whole_shape
@@ -86,7 +87,8 @@ class MaskKeeper:
 
     def set_masks(self, masks: Mapping[str, Tensor]) -> None:
         """Replace the masks; weights, gradients and moments of pruned positions become zero at once."""
-        self._bits = {name: sign_extended(mask.to(self._stepped[name].weights.device)) for name, mask in masks.items()}
+        for name, mask in masks.items():  # one by one, so that old and new bits are never all there together
+            self._bits[name] = sign_extended(mask.to(self._stepped[name].weights.device))
         self._sparsity = 1 - self._total_kept(masks) / sum(math.prod(shape) for shape in self.shapes.values())
         self._calls_since_change = 0
         self.mask_weights()
@@ -192,7 +194,7 @@ class MaskKeeper:
         """Over all ranks, what each of them holds whole once."""
         here, whole = 0, 0
         for name, mask in masks.items():
-            kept = int(mask.sum())
+            kept = count_kept(mask)
             here, whole = (here + kept, whole) if is_sharded(self._parameters[name]) else (here, whole + kept)
         return whole + int(self._add(torch.tensor([here])))
 

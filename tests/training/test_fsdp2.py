@@ -55,11 +55,13 @@ def pretend_to_be_on_gpus() -> None:
     PartialState._shared_state["device"] = torch.device("cpu")
 
 
-def sharded_trainer(folder: Path, config: object, state: str = "FULL_STATE_DICT", **options: object):
+def sharded_trainer(
+    folder: Path, config: object, state: str = "FULL_STATE_DICT", batch: int = 2, **options: object
+):
     pretend_to_be_on_gpus()
     fsdp = {**FSDP, "state_dict_type": state}
     own = {"fsdp": True, "fsdp_config": fsdp, "accelerator_config": {"use_configured_state": True}}
-    return trainer_of(folder, config, 2, **own, **options)
+    return trainer_of(folder, config, batch, **own, **options)
 
 
 def whole_weights(trainer) -> dict[str, torch.Tensor]:

@@ -22,7 +22,7 @@ import importlib, os, sys
 module, function, folder = sys.argv[1:]
 run = getattr(importlib.import_module(module), function)
 children = []
-for rank in (0, 1):
+for rank in range(int(os.environ["WORLD_SIZE"])):
     children.append(os.fork())
     if children[-1] == 0:
         os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
@@ -34,22 +34,34 @@ sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
 
 def run_two(module: str, function: str, folder: Path, **environment: str) -> None:
     """Call `module.function(folder)` in two processes at once; what either prints is shown if one fails."""
+    run_processes(2, module, function, folder, **environment)
+
+
+def run_processes(number: int, module: str, function: str, folder: Path, **environment: str) -> None:
+    """As `run_two`, in as many processes, in a process group in any case."""
+    ended = launch(number, module, function, folder, **environment)
+    assert ended.returncode == 0, ended.stdout.decode()[-6000:]
+
+
+def launch(
+    number: int, module: str, function: str, folder: Path, **environment: str
+) -> subprocess.CompletedProcess[bytes]:
+    """Call `module.function(folder)` in that many processes at once, whatever becomes of them."""
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
         pytest.skip("torch has no gloo here")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     paths = [Path(sparse_hf.__file__).parents[1], Path(next(iter(training.__path__))).parent]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(number), "OMP_NUM_THREADS": "1"}
     shared |= {"PYTHONPATH": os.pathsep.join(map(str, paths)), **environment}
-    ended = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-c", SCRIPT, module, function, str(folder)],
         env={**os.environ, **shared},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         timeout=300,
     )
-    assert ended.returncode == 0, ended.stdout.decode()[-6000:]
 
 
 def found_by_both(folder: Path) -> dict[str, dict[str, dict[str, Tensor]]]:

@@ -1,0 +1,63 @@
+"""`sparse-hf plan`: does a sparse training fit, and what do its ranks send?"""
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from sparse_hf.cli.messages import console
+from sparse_hf.tickets.configs import Budget
+
+
+if TYPE_CHECKING:
+    from sparse_hf.training.memory_plan import MemoryPlan
+
+GIB, MIB = 2**30, 2**20
+
+
+def plan_training(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a model; only its config is read.")],
+    processes: Annotated[list[int] | None, typer.Option(help="Number of GPUs; may be given more than once.")] = None,
+    strategy: Annotated[
+        list[str] | None, typer.Option(help="ddp, fsdp2, zero1, zero2, zero3; may be given more than once.")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="Of the Trainer: bf16 (mixed) or fp32.")] = "bf16",
+    budget: Annotated[Budget, typer.Option(help="How much stays in each matrix.")] = "global",
+    include: Annotated[list[str] | None, typer.Option(help="Patterns of matrices to prune instead of all.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Patterns of matrices to leave dense.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Bytes as JSON, for programs.")] = False,
+) -> None:
+    """Tell what a sparse training holds on each GPU and sends to change a mask. Nothing is downloaded but a config."""
+    from sparse_hf.cli.model_folder import model_without_weights
+    from sparse_hf.training.memory_plan import STRATEGIES, plan_memory
+
+    shapes = model_without_weights(model)
+    options = {"precision": precision, "budget": budget, "include": include or None, "exclude": exclude or None}
+    plans = [
+        plan_memory(shapes, one, number, **options) for number in processes or [8] for one in strategy or STRATEGIES
+    ]
+    if as_json:
+        print(json.dumps([plan.to_dict() for plan in plans], indent=2))
+        return
+    console.print(_table(plans))
+    console.print(
+        "Per GPU; activations and communication buffers (but DDP's) come on top. A mask update is drawn from sums, "
+        "never from gathered weights.",
+        highlight=False,
+    )
+
+
+def _table(plans: "list[MemoryPlan]") -> Table:
+    table = Table()
+    for column in ("GPUs", "strategy"):
+        table.add_column(column)
+    held = ("weights", "gradients", "optimizer", "masks", "total")
+    for column in (*held, "while masks change", "sent then: sums", "weights"):
+        table.add_column(column, justify="right")
+    for plan in plans:
+        held = (plan.weights, plan.gradients, plan.optimizer, plan.masks, plan.total, plan.mask_update)
+        cells = [f"{size / GIB:,.2f} GiB" for size in held]
+        cells += [f"{plan.sums_sent / MIB:,.1f} MiB", f"{plan.weights_sent / GIB:,.2f} GiB"]
+        table.add_row(str(plan.processes), plan.strategy, *cells)
+    return table
