@@ -21,6 +21,7 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "dsee_glue.py"
 SEEDS = (0, 1, 2)
 RATE_SEED = 9
 RATES = {"full": ("1e-4", "2e-4"), "adapter": ("5e-4", "2e-3")}
+LOWER_RATES = {"stsb": ("1e-4",)}  # of adapters, where low-rank ones learn at neither of the others
 
 
 class Task(NamedTuple):
@@ -52,11 +53,7 @@ METHODS = {
 # S2 alone, where its place has to matter: with U V beside it four fifths of the numbers do not move.
 SUPPORTS = ("magnitude", "random", "decomposition", "gradient", "rows", "columns")
 ALONE = {f"s2-{one}": ("--method", "dsee", "--r", "0", "--nnz", "6144", "--support", one) for one in SUPPORTS}
-MASKED = (
-    "--masked_modules",
-    "key",
-    "dense",
-)  # S1 masks every matrix of the encoder but those that are tuned by update
+MASKED = ("--masked_modules", "key", "dense")  # beside the tuned ones: all matrices of the encoder
 
 
 class Run(NamedTuple):
@@ -73,9 +70,9 @@ class Run(NamedTuple):
         return f"{self.task}-{self.method}-{self.rate}-{self.seed}"
 
 
-def rates_of(method: str) -> tuple[str, ...]:
+def rates_of(task: str, method: str) -> tuple[str, ...]:
     """What is tried; S1 and supports take the rate of DSEE without S1."""
-    return RATES["full" if method == "full" else "adapter"]
+    return RATES["full"] if method == "full" else (*LOWER_RATES.get(task, ()), *RATES["adapter"])
 
 
 def best_rate(options: argparse.Namespace, task: str, method: str) -> str | None:
@@ -83,17 +80,17 @@ def best_rate(options: argparse.Namespace, task: str, method: str) -> str | None
     kind = "s2-random" if method in ALONE else "dsee" if method.startswith("dsee") else method
     found = {
         rate: one["value"]
-        for rate in rates_of(kind)
+        for rate in rates_of(task, kind)
         for one in finished(options.output_dir, [Run(task, kind, rate, RATE_SEED).name])
     }
-    return max(found, key=found.get) if len(found) == len(rates_of(kind)) else None
+    return max(found, key=found.get) if len(found) == len(rates_of(task, kind)) else None
 
 
 def runs(options: argparse.Namespace) -> Iterator[Run]:
     """Everything that can run now, in order."""
     for task in options.tasks:
         for method in ("full", "lora", "shira", "dsee", *(() if options.methods_only else ("s2-random",))):
-            yield from (Run(task, method, rate, RATE_SEED) for rate in rates_of(method))
+            yield from (Run(task, method, rate, RATE_SEED) for rate in rates_of(task, method))
     for seed in SEEDS:
         for task in options.tasks:
             for method in METHODS if options.methods_only else {**METHODS, **ALONE}:
