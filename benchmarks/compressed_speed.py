@@ -1,37 +1,28 @@
 """How fast and how small are compressed checkpoints, beside a copy in memory, torch's CSR, zstd and another bitmask?
 
-    python benchmarks/compressed_speed.py [--elements 4194304 --rounds 9] [--dtypes F32 BF16] [--load]
+    python benchmarks/compressed_speed.py [--elements 4194304 --rounds 25] [--dtypes F32 BF16]
 
 One core. A tensor of random weights with zeros at random places is copied (memcpy), compressed and expanded, in turns.
-Figures are medians of this thread's processor time, so that other programs count less, as fractions of memcpy's speed:
-1 is as fast as memcpy. "compress" includes counting and the choice of the form. Memory is the most that is held at
-once, in sizes of the tensor; what is given and what is returned count. zstd compresses the dense bytes with level 1,
-where Python has it (3.14) or `zstandard` is installed. The other bitmask is that of compressed-tensors (`pip install
-compressed-tensors==0.9.4`; later releases have none), where it is installed.
+Figures are the shortest of the rounds, in this thread's processor time, so that other programs count less, as
+fractions of memcpy's speed: 1 is as fast as memcpy. "compress" includes counting and the choice of the form. Memory is
+the most that is held at once, in sizes of the tensor; what is given and what is returned count. zstd compresses the
+dense bytes with level 1, where Python has it (3.14) or `zstandard` is installed. The other bitmask is that of
+compressed-tensors (`pip install compressed-tensors==0.9.4`; later releases have none), where it is installed.
 
-`--load` writes a BERT-base of 110 million random weights, densely and compressed, and loads both with
-`AutoModel.from_pretrained` in turns, in fresh page cache ("from disk") and not. A dense checkpoint is only mapped by
-loading and read when it is used, so both models are also read through once.
+What loading takes is measured by `compressed_loading.py`.
 """
 
 import argparse
 import functools
 import importlib
 import math
-import os
-import statistics
-import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
-from transformers import AutoModel, BertConfig, BertModel
 
-from sparse_hf import save_compressed
 from sparse_hf.storage.compressed_tensor import compress_tensor, expand_tensor
 
 
@@ -60,15 +51,15 @@ def other_bitmask() -> type | None:
         return None
 
 
-def medians(calls: dict[str, Callable], rounds: int) -> dict[str, float]:
-    """Seconds of processor time of each call, in turns."""
+def shortest(calls: dict[str, Callable], rounds: int) -> dict[str, float]:
+    """Seconds of processor time of each call, in turns; medians are at the mercy of who shares the core's caches."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
             start = time.thread_time()
             call()
             seconds[name].append(time.thread_time() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+    return {name: min(times) for name, times in seconds.items()}
 
 
 def speed_row(dtype: str, sparsity: float, count: int, rounds: int) -> str:
@@ -100,7 +91,7 @@ def speed_row(dtype: str, sparsity: float, count: int, rounds: int) -> str:
     if zstd := zstd_functions():
         small = zstd[0](data.tobytes())
         calls |= {"zstd": lambda: zstd[0](data.tobytes()), "zstd back": lambda: zstd[1](small)}
-    seconds = medians(calls, rounds)
+    seconds = shortest(calls, rounds)
     width, kept = elements.itemsize, form.nonzeros / count
     entropy = -(kept * math.log2(kept) + (1 - kept) * math.log2(1 - kept))
     sizes = [len(stored) / len(data), len(stored) / (count * (kept * width + 1 / 8))]
@@ -142,67 +133,12 @@ def memory_row(dtype: str, sparsity: float) -> str:
     return f"| {dtype} | {sparsity:.0%} | {held[0]:.2f} | {held[1]:.2f} |"
 
 
-def forget(folder: Path) -> None:
-    """Take the files out of the page cache."""
-    for file in folder.iterdir():
-        descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
-
-
-def load_seconds(folder: Path, from_disk: bool, read: bool) -> tuple[float, float]:
-    """Wall and processor seconds."""
-    if from_disk:
-        forget(folder)
-    wall, processor = time.perf_counter(), time.process_time()
-    model = AutoModel.from_pretrained(folder)
-    if read:
-        with torch.no_grad():
-            sum(float(parameter.flatten()[::16].sum()) for parameter in model.parameters())
-    return time.perf_counter() - wall, time.process_time() - processor
-
-
-def load_rows(place: Path, sparsity: float, rounds: int) -> None:
-    """Print the table of loading times."""
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    model = BertModel(BertConfig())
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.masked_fill_(torch.rand(parameter.shape) < sparsity, 0)
-    dense, small = place / f"dense-{sparsity}", place / f"small-{sparsity}"
-    model.save_pretrained(dense)
-    save_compressed(dense, small)
-    sizes = [sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in (dense, small)]
-    for from_disk in (True, False):
-        for read in (True, False):
-            times = [
-                (load_seconds(dense, from_disk, read), load_seconds(small, from_disk, read)) for _ in range(rounds)
-            ]
-            walls, processors = (
-                [statistics.median(one[which][kind] for one in times) for which in (0, 1)] for kind in (0, 1)
-            )
-            cells = [
-                f"{sparsity:.0%}",
-                f"{sizes[1] / sizes[0]:.3f}",
-                "yes" if from_disk else "",
-                "yes" if read else "",
-            ]
-            for pair in (walls, processors):
-                cells += [f"{pair[0]:.2f}", f"{pair[1]:.2f}", f"{pair[1] / pair[0]:.2f}"]
-            print(f"| {' | '.join(cells)} |", flush=True)
-
-
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--elements", type=int, default=1 << 22)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--dtypes", nargs="+", default=["F32", "BF16"], choices=sorted(KINDS))
-    parser.add_argument("--load", action="store_true", help="also loading")
-    parser.add_argument("--folder", type=Path, default=None)
     options = parser.parse_args()
     torch.set_num_threads(1)
     head = [
@@ -224,13 +160,6 @@ def main() -> None:
     for dtype in options.dtypes:
         for sparsity in (SPARSITIES[0], SPARSITIES[2]):
             print(memory_row(dtype, sparsity), flush=True)
-    if options.load:
-        head = ["sparsity", "size / dense", "from disk", "read", "dense, s", "compressed, s", "ratio"]
-        head += ["dense, processor s", "compressed, processor s", "ratio"]
-        print(f"\n| {' | '.join(head)} |\n|{' --- |' * len(head)}")
-        with tempfile.TemporaryDirectory(dir=options.folder) as place:
-            for sparsity in (SPARSITIES[0], SPARSITIES[2]):
-                load_rows(Path(place), sparsity, options.rounds)
 
 
 if __name__ == "__main__":

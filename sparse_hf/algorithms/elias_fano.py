@@ -6,9 +6,12 @@ set. At 90 to 95 % sparsity this takes 9 to 12 % more than the entropy of the ma
 bits.
 """
 
-import numpy as np
+import functools
 
-from sparse_hf.algorithms.nonzeros import BLOCK, kept_blocks, marked_positions
+import numpy as np
+import torch
+
+from sparse_hf.algorithms.nonzeros import BLOCK, for_scatter, kept_indices, marked_positions, scatter
 
 
 # A longer low part would save nothing worth having, and this bounds how much a small file can claim to be: the bitmap
@@ -41,15 +44,17 @@ def compress_elias_fano(elements: np.ndarray, count: int) -> tuple[np.ndarray, n
     width = low_bits(len(elements), count)
     values = np.empty(count, elements.dtype)
     low = np.empty(count, np.uint8)
-    unary = np.zeros(_unary_bits(len(elements), count, width), bool)
-    ramp = np.arange(BLOCK)
+    unary = np.zeros(_unary_bits(len(elements), count, width), np.uint8)
+    target, ones = for_scatter(unary), torch.ones(BLOCK, dtype=torch.uint8)
+    ramp = _ramp(BLOCK)
     done = 0
-    for start, _, indices in kept_blocks(elements, values):
+    for start, indices in kept_indices(elements, values):
         end = done + len(indices)
-        np.bitwise_and(indices.astype(np.uint8), (1 << width) - 1, out=low[done:end])
+        low[done:end] = indices  # the lowest eight bits, of which `width` count
         indices >>= width
         indices += ramp[: len(indices)]
-        unary[(start >> width) + done :][indices] = True  # `start` is a multiple of every 1 << width
+        # `start` is a multiple of every 1 << width
+        scatter(target[(start >> width) + done :], indices, ones[: len(indices)])
         done = end
     planes = [np.packbits(low & (1 << plane), bitorder="little") for plane in range(width)]
     return values, np.concatenate([*planes, np.packbits(unary, bitorder="little")])
@@ -66,7 +71,8 @@ def expand_elias_fano(values: np.ndarray, code: np.ndarray, out: np.ndarray) -> 
     plane_bytes = _plane_bytes(count)
     planes, unary = code[: width * plane_bytes].reshape(width, plane_bytes), code[width * plane_bytes :]
     _check_spare_bits(planes, unary, count, _unary_bits(len(out), count, width))
-    done, last, ramp = 0, -1, np.arange(BLOCK)
+    done, last, ramp = 0, -1, _ramp(BLOCK)
+    target, source = for_scatter(out), for_scatter(values)
     for start in range(0, len(unary), BLOCK // 8):
         flags = np.unpackbits(unary[start : start + BLOCK // 8], bitorder="little").view(bool)
         indices = marked_positions(flags)
@@ -77,23 +83,30 @@ def expand_elias_fano(values: np.ndarray, code: np.ndarray, out: np.ndarray) -> 
             continue
         first = (8 * start - done) << width  # what the clear bits before this block come to
         indices -= ramp[: len(indices)]
-        indices <<= width
-        indices |= _low_parts(planes, done, end)
+        if width:
+            indices <<= width
+            indices |= _low_parts(planes, done, end)
         if first + indices[0] <= last or first + indices[-1] >= len(out) or (indices[1:] <= indices[:-1]).any():
             raise ValueError(f"the code says indices that do not rise or are not below {len(out)}")
-        out[first:][indices] = values[done:end]
+        scatter(target[first:], indices, source[done:end])
         done, last = end, first + indices[-1]
     if done != count:
         raise ValueError(f"the code says {done} indices for {count} values")
 
 
+@functools.cache
+def _ramp(length: int) -> np.ndarray:
+    """0, 1, 2, ...; made once, as that takes longer than using it."""
+    return np.arange(length)
+
+
 def _low_parts(planes: np.ndarray, first: int, end: int) -> np.ndarray:
-    """uint8: the low parts of indices `first` to `end`."""
+    """uint8: the low parts of indices `first` to `end`, of at least one plane."""
     byte, skipped = divmod(first, 8)
-    parts = np.zeros(8 * ((end + 7) // 8 - byte), np.uint8)
-    for number, plane in enumerate(planes):
-        bits = np.unpackbits(plane[byte : (end + 7) // 8], bitorder="little")
-        parts |= np.left_shift(bits, number, out=bits)
+    parts = None
+    for plane in planes[::-1, byte : (end + 7) // 8]:
+        bits = np.unpackbits(plane, bitorder="little")
+        parts = bits if parts is None else np.add(np.add(parts, parts, out=parts), bits, out=parts)
     return parts[skipped : skipped + end - first]
 
 

@@ -59,7 +59,7 @@ def compress_n_of_4(elements: np.ndarray, count: int) -> tuple[np.ndarray, np.nd
     per_byte = GROUPS_PER_BYTE[kept]
     values = np.empty(count, elements.dtype)
     digits = np.zeros(per_byte * code_bytes(len(elements), count), np.uint8)
-    for start, flags, _ in kept_blocks(elements, values):
+    for start, flags in kept_blocks(elements, values):
         pairs = np.packbits(flags, bitorder="little")
         halves = np.stack([pairs & 15, pairs >> 4], axis=1).ravel()[: len(flags) // 4]
         digits[start // 4 : start // 4 + len(halves)] = digit_of[halves]

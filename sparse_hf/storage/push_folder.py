@@ -60,6 +60,28 @@ def push_folder(
     )
 
 
+def delete_outdated_weights(
+    repo_id: str, pushed: Iterable[str], token: str | bool | None, revision: str | None = None
+) -> CommitInfo | None:
+    """Delete `outdated_weights` that a push by somebody else left, in one commit; none if there is nothing to delete.
+
+    Args:
+        pushed: paths in the repository.
+        revision: branch; "main" by default.
+
+    Raises:
+        huggingface_hub.errors.HfHubHTTPError: as `push_folder`.
+    """
+    api = HfApi(token=token)
+    parent = api.model_info(repo_id, revision=revision).sha
+    there = [entry.path for entry in api.list_repo_tree(repo_id, revision=parent)]
+    deletions = [CommitOperationDelete(name) for name in outdated_weights(pushed, there)]
+    if not deletions:
+        return None
+    message = "Delete the weights that the last push replaced"
+    return api.create_commit(repo_id, deletions, commit_message=message, revision=revision, parent_commit=parent)
+
+
 def outdated_weights(pushed: Iterable[str], there: Iterable[str]) -> list[str]:
     """Weights in a repository that a loader could take for those that are being pushed; none if no weights are pushed.
 

@@ -9,7 +9,7 @@ from huggingface_hub import CommitInfo, HfApi
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sparse_hf.storage.compressed_folder import compressed_copy
-from sparse_hf.storage.push_folder import COMPRESSED_WEIGHTS, push_folder
+from sparse_hf.storage.push_folder import COMPRESSED_WEIGHTS, delete_outdated_weights, push_folder
 from sparse_hf.training.trainer_card import complete_card
 
 
@@ -69,3 +69,22 @@ def push_in_one_commit(
             )
 
     return send() if blocking else HfApi().run_as_future(send)
+
+
+def delete_outdated_after(trainer: "SparseTrainer", pushes: list[Future]) -> Future:
+    """Once the Trainer's own pushes are through, delete what a loader could take for the new weights.
+
+    The Trainer pushes along the way without deleting anything. Between its commit and ours the compressed weights of
+    an earlier push lie unread beside the new ones.
+
+    Args:
+        pushes: of the output folder first; should one fail, nothing is deleted.
+    """
+    pushed = [path.name for path in Path(trainer.args.output_dir).iterdir()]
+
+    def delete() -> CommitInfo | None:
+        for push in pushes:
+            push.result()
+        return delete_outdated_weights(trainer.hub_model_id, pushed, trainer.args.hub_token, trainer.args.hub_revision)
+
+    return HfApi().run_as_future(delete)

@@ -72,6 +72,8 @@ class Repositories:
         self.tokens = tokens
         self.named: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}
+        self.part_size: int | None = None  # larger objects are uploaded in parts of so many bytes
+        self.parts: dict[tuple[str, int], bytes] = {}  # of objects that are not complete, by number from 1
 
     def user(self, authorization: str | None) -> str | None:
         """Who a request comes from; None without a token.

@@ -123,11 +123,47 @@ def _ignores(line: str, path: str) -> bool:
 def lfs_batch(hub: Repositories, request: Request, repository: Repository) -> Answer:
     objects = []
     for one in request.json["objects"]:
-        upload = {"href": f"{STORAGE}/objects/{one['oid']}"}
+        upload = _in_parts(hub, one) or {"href": f"{STORAGE}/objects/{one['oid']}"}
         verify = {"href": f"{HUB}/api/lfs/verify"}
         missing = {} if one["oid"] in hub.objects else {"actions": {"upload": upload, "verify": verify}}
         objects.append({"oid": one["oid"], "size": one["size"], **missing})
     return Answer(content={"transfer": "basic", "objects": objects})
+
+
+def _in_parts(hub: Repositories, wanted: dict) -> dict | None:
+    """Where each part of a large object goes, and where to say that all are there."""
+    if hub.part_size is None or wanted["size"] <= hub.part_size:
+        return None
+    places = {
+        f"{number:05d}": f"{STORAGE}/objects/{wanted['oid']}/{number}"
+        for number in range(1, -(-wanted["size"] // hub.part_size) + 1)
+    }
+    header = {"chunk_size": str(hub.part_size), **places}
+    return {"href": f"{HUB}/api/complete_multipart/{wanted['oid']}", "header": header}
+
+
+def put_part(hub: Repositories, request: Request, oid: str, number: str) -> Answer:
+    hub.parts[oid, int(number)] = request.body
+    return Answer(headers={"ETag": _part_etag(request.body)})
+
+
+def complete_object(hub: Repositories, request: Request, oid: str) -> Answer:
+    """All parts in their order, each as its receipt says."""
+    told = [(part["partNumber"], part["etag"]) for part in request.json["parts"]]
+    there = sorted((number, _part_etag(content)) for (one, number), content in hub.parts.items() if one == oid)
+    if told != there:
+        return error(400, "these are not the parts that are there")
+    whole = b"".join(hub.parts[oid, number] for number, _ in told)
+    if hashlib.sha256(whole).hexdigest() != oid:
+        return error(400, "the content does not have this hash")
+    for number, _ in told:
+        del hub.parts[oid, number]
+    hub.objects[oid] = whole
+    return Answer()
+
+
+def _part_etag(content: bytes) -> str:
+    return f'"{hashlib.md5(content).hexdigest()}"'
 
 
 def put_object(hub: Repositories, request: Request, oid: str) -> Answer:
@@ -229,6 +265,8 @@ ROUTES = (
     ("POST", "/api/validate-yaml", validate_card),
     ("PUT", "/objects/([0-9a-f]{64})", put_object),
     ("GET HEAD", "/objects/([0-9a-f]{64})", get_object),
+    ("PUT", r"/objects/([0-9a-f]{64})/(\d+)", put_part),
+    ("POST", "/api/complete_multipart/([0-9a-f]{64})", complete_object),
     ("POST", "/api/lfs/verify", verify_object),
     ("POST", r"/([\w.-]+/[\w.-]+)\.git/info/lfs/objects/batch", with_repository(lfs_batch)),
     ("POST", r"/api/models/([\w.-]+/[\w.-]+)/preupload/([^/]+)", with_repository(preupload)),

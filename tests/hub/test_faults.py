@@ -81,6 +81,40 @@ def test_a_push_that_failed_at_the_end_is_taken_up_where_it_was(hub, ticket, tmp
     assert Ticket.from_pretrained("me/ticket").num_kept == ticket.num_kept
 
 
+def parts_sent(hub):
+    """Numbers of the parts that were sent, in order."""
+    return [int(line.rpartition("/")[2]) for line in hub.requests if line.startswith("PUT /objects/<oid>/")]
+
+
+@pytest.mark.parametrize("status", [500, 503, 429, None], ids=["500", "503", "429", "dropped"])
+def test_a_large_file_goes_in_parts_of_which_one_that_fails_is_sent_again(hub, ticket, status):
+    hub.repositories.part_size = 300
+    hub.fail("PUT /objects/.*/2$", status, after=100)
+    ticket.push_to_hub("me/ticket")
+    masks = hub.files("me/ticket")["sparse_masks.safetensors"]
+    parts = -(-len(masks) // 300)
+    assert parts > 2
+    assert parts_sent(hub) == [1, 2, *range(2, parts + 1)]  # the first is not sent a second time
+    pulled = Ticket.from_pretrained("me/ticket")
+    assert all(torch.equal(pulled.bits[name], bits) for name, bits in ticket.bits.items())
+
+
+@pytest.mark.parametrize("broken", ["PUT /objects/.*/2$", "POST /api/complete_multipart/"])
+def test_parts_that_do_not_come_together_are_no_file(hub, ticket, tmp_path, broken):
+    hub.repositories.part_size = 300
+    folder = ticket.save_pretrained(tmp_path / "ticket")
+    hub.fail(broken, 403)
+    with pytest.raises((HfHubHTTPError, RuntimeError), match="403|uploading"):
+        publish(folder, "me/ticket")
+    assert not hub.repositories.objects
+    assert set(hub.files("me/ticket")) == {".gitattributes"}
+    hub.requests.clear()
+    publish(folder, "me/ticket")
+    size = len(hub.files("me/ticket")["sparse_masks.safetensors"])
+    assert parts_sent(hub) == [*range(1, -(-size // 300) + 1)]
+    assert Ticket.from_pretrained("me/ticket").num_kept == ticket.num_kept
+
+
 def test_a_persons_card_in_the_repository_stays(hub, ticket):
     ticket.push_to_hub("me/ticket")
     ModelCard("---\nlicense: mit\n---\nmy own words").push_to_hub("me/ticket")

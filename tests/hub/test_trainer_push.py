@@ -77,6 +77,41 @@ def test_every_push_of_a_training_has_the_masks_of_its_weights(hub, tmp_path, st
         assert "sparse_masks.safetensors" in hub.files("me/model")
 
 
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
+def test_pushes_along_the_way_over_compressed_weights(hub, tmp_path, strategy):
+    trained(tmp_path / "first", StaticSparsityConfig(sparsity=0.5), max_steps=1).push_to_hub(compressed=True)
+    assert "compressed.safetensors" in hub.files("me/model")
+    options = {"save_strategy": "steps", "save_steps": 2, "push_to_hub": True, "hub_strategy": strategy}
+    trainer = trained(tmp_path / "run", StaticSparsityConfig(sparsity=0.5), max_steps=4, seed=1, **options)
+    trainer._finish_current_push()
+    assert all(job.exception() is None for job in trainer.push_in_progress.jobs)
+    names = set(hub.files("me/model"))
+    assert "model.safetensors" in names
+    assert not [name for name in names if name.startswith("compressed")]
+    # Between the Trainer's commit and the one that deletes, the new weights are read.
+    repository = hub.repositories.named["me/model"]
+    both = [
+        oid
+        for oid, files in repository.commits.items()
+        if {"compressed.safetensors", "model.safetensors"} <= files.keys()
+    ]
+    assert both
+    _kept_where_the_masks_say(both[0], tmp_path / "cache-both")
+    assert repository.messages.count("Delete the weights that the last push replaced") == 1
+    _kept_where_the_masks_say(repository.refs["main"], tmp_path / "cache-main")
+
+
+def test_a_push_along_the_way_that_fails_deletes_nothing(hub, tmp_path):
+    trained(tmp_path / "first", StaticSparsityConfig(sparsity=0.5), max_steps=1).push_to_hub(compressed=True)
+    before = dict(hub.files("me/model"))
+    hub.fail("POST /api/models/me/model/commit/", 403, times=9)
+    options = {"save_strategy": "steps", "save_steps": 1, "push_to_hub": True, "hub_strategy": "every_save"}
+    trainer = trained(tmp_path / "run", StaticSparsityConfig(sparsity=0.5), max_steps=1, **options)
+    trainer._finish_current_push()
+    assert trainer.push_in_progress.jobs[-1].exception() is not None
+    assert hub.files("me/model") == before
+
+
 def _kept_where_the_masks_say(commit, cache):
     """Weights kept by the masks of a commit, after a look that no other weight is there."""
     ticket = Ticket.from_pretrained("me/model", revision=commit, cache_dir=cache)
