@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from sparse_hf.algorithms.zero_partitions import group_of, is_partitioned, partition_of, whole_shape
@@ -18,6 +19,13 @@ from sparse_hf.algorithms.zero_partitions import group_of, is_partitioned, parti
 def is_sharded(tensor: Tensor) -> bool:
     """Whether ranks hold parts of `tensor`."""
     return isinstance(tensor, DTensor) or is_partitioned(tensor)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let FSDP2 put whole parameters away that it left in the model after an evaluation. Nothing is sent."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 @torch.no_grad()
@@ -41,14 +49,17 @@ def first_row(tensor: Tensor) -> int:
 
 
 def part_of(whole: Tensor, like: Tensor) -> Tensor:
-    """The part of `whole`, which every rank has, that lies where this rank's part of `like` lies."""
+    """The part of `whole`, which every rank has, that lies where this rank's part of `like` lies.
+
+    A copy where `like` is sharded, so that it does not keep the whole in memory.
+    """
     if is_partitioned(like):
         run = partition_of(like)
-        return whole.reshape(-1)[run.start : run.start + run.weights.numel()].to(run.weights.device)
+        return whole.reshape(-1)[run.start : run.start + run.weights.numel()].to(run.weights.device, copy=True)
     if not is_sharded(like):
         return whole.to(like.device)
     spread = distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-    return spread.to_local()
+    return spread.to_local().clone()
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """What is changed about a trainer for one training of a search, and put back after it?"""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,8 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import TrainOutput
 
+from sparse_hf.algorithms.sharded_tensors import reshard
+from sparse_hf.training.forget_training import forget_training
 from sparse_hf.training.snapshot import save_snapshot
 from sparse_hf.training.stateful_callbacks import set_callback_states, states_in_checkpoint
 
@@ -35,8 +37,31 @@ class TakeSnapshot(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        if state.global_step == self.step and args.should_save:
-            save_snapshot(kwargs["model"], self.path)
+        if state.global_step == self.step:
+            save_snapshot(kwargs["model"], self.path, writes=args.should_save)
+
+
+class AtTrainBegin(TrainerCallback):
+    """Does something when a training begins, before every other callback: see `first_at_train_begin`."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self.action = action
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self.action()
+
+
+@contextlib.contextmanager
+def first_at_train_begin(trainer: Trainer, action: Callable[[], None]) -> Iterator[None]:
+    """Call `action` when parameters are sharded and the optimizer is ready, before any callback sees them."""
+    callback = AtTrainBegin(action)
+    trainer.callback_handler.callbacks.insert(0, callback)
+    try:
+        yield
+    finally:
+        trainer.remove_callback(callback)
 
 
 @contextlib.contextmanager
@@ -92,16 +117,20 @@ def train_anew(
 ) -> TrainOutput:
     """One of several trainings of a trainer, as if it were its first: new optimizer, same random numbers.
 
+    Under ZeRO, what the weights are is decided when it begins: see `forget_training`.
+
     Args:
         arguments: of this training.
         checkpoint: to continue from.
         counters: of stateful callbacks before any training; see `callback_states`.
     """
-    trainer.optimizer = trainer.lr_scheduler = None
+    forget_training(trainer)
     set_callback_states(trainer, counters if checkpoint is None else counters | states_in_checkpoint(checkpoint))
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback):
             callback.logging_dir = None  # a run of its own: steps begin at 0 again
     set_seed(trainer.args.seed)
     with with_arguments(trainer, arguments):
-        return trainer.train_once(None if checkpoint is None else str(checkpoint))
+        output = trainer.train_once(None if checkpoint is None else str(checkpoint))
+    reshard(trainer.model)
+    return output

@@ -9,9 +9,8 @@ Under `output_dir`:
 """
 
 import contextlib
-import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,25 +21,35 @@ from transformers.trainer_utils import TrainOutput
 
 from sparse_hf.anatomy.canonical_names import head_names, named_canonical_parameters
 from sparse_hf.anatomy.sites import Site
+from sparse_hf.storage.file_names import DESCRIPTION_FILE
 from sparse_hf.tickets.config_json import config_to_dict
 from sparse_hf.tickets.configs import LotteryTicketConfig
 from sparse_hf.tickets.draw import draw_masks
 from sparse_hf.tickets.fingerprint import base_fingerprint
 from sparse_hf.tickets.origin import origin_of
+from sparse_hf.tickets.site_pieces import pieces_of
 from sparse_hf.tickets.ticket import Ticket
 from sparse_hf.training.checkpoints import last_complete_checkpoint
-from sparse_hf.training.first_masks import seeded, site_gradients
+from sparse_hf.training.first_masks import (
+    parts_of_ticket,
+    seeded,
+    site_gradients,
+    ticket_of_parts,
+    zero_pruned_by,
+)
 from sparse_hf.training.for_one_training import (
     TakeSnapshot,
+    first_at_train_begin,
     train_anew,
     with_callback,
     without_model_init,
 )
-from sparse_hf.training.round_metrics import metrics_of_weights
+from sparse_hf.training.round_metrics import check_finite, metrics_of_weights
 from sparse_hf.training.search_checks import check_before_search, check_optimizers, check_resume, round_arguments
 from sparse_hf.training.search_journal import SearchJournal, begin_search, open_journal
-from sparse_hf.training.snapshot import restore_snapshot, save_snapshot
+from sparse_hf.training.snapshot import everything, restore_snapshot, save_snapshot
 from sparse_hf.training.stateful_callbacks import callback_states, stopped_early
+from sparse_hf.training.zero_stepping import copy_masters_to_model
 
 
 if TYPE_CHECKING:
@@ -136,11 +145,11 @@ class LotterySearch:
             self._publish_ticket(journal)
             if config.final_training:
                 steps.set_postfix_str(f"training the ticket at {self._current_sparsity():.1%} zeros")
-                output = self._train_ticket(journal)
+                output = self._train_ticket(sites, journal)
                 steps.update()
             else:
                 self._rewind(self._rewind_point())
-                self.ticket.apply(trainer.model)
+                zero_pruned_by(self.ticket, trainer.model, trainer.optimizer)
                 trainer.train_under(self.ticket, already_applied=True)  # what is saved from now on carries its masks
         metrics = {f"search_{name}_seconds": seconds for name, seconds in self.seconds.items()}
         return TrainOutput(output.global_step, output.training_loss, output.metrics | metrics)
@@ -150,17 +159,18 @@ class LotterySearch:
         before = dict(self.seconds)
         folder = self._round_folder(number)
         self.round = number
-        output = self._train(folder, round_arguments(self.config, self.trainer.args, folder))
-        self._check_finite(output.training_loss, folder)
+        output = self._train(folder, round_arguments(self.config, self.trainer.args, folder), sites)
+        check_finite(self.trainer.model, output.training_loss, number, folder)
         metrics = metrics_of_weights(self.trainer.state, self.trainer.args)
         with self._timed("pruning"):
             masks = self._draw(number, sparsity, sites)
         with self._timed("saving"):
-            if self.trainer.args.should_save and not self.config.rewind_head:
-                save_snapshot(self.trainer.model, folder / "head.safetensors", self._is_head)
+            if not self.config.rewind_head:
+                head = folder / "head.safetensors"
+                save_snapshot(self.trainer.model, head, self._is_head, writes=self.trainer.args.should_save)
         self._rewind(self._rewind_point())
         with self._timed("pruning"):
-            ticket = Ticket.from_masks(masks)
+            ticket = ticket_of_parts(masks, self.trainer.model)
             fingerprint = base_fingerprint(named_canonical_parameters(self.trainer.model), ticket.bits)
             facts = {"method": "lottery_ticket", "config": config_to_dict(self.config)}
             ticket.origin = origin_of(self.trainer.model, base_fingerprint=fingerprint, metrics=metrics, **facts)
@@ -175,9 +185,9 @@ class LotterySearch:
         self.round = 0
         return output
 
-    def _train_ticket(self, journal: SearchJournal) -> TrainOutput:
+    def _train_ticket(self, sites: list[Site], journal: SearchJournal) -> TrainOutput:
         """Train the rewound ticket with the arguments the user gave, from the head's first state."""
-        output = self._train(self._folder, self.trainer.args)
+        output = self._train(self._folder, self.trainer.args, sites)
         with self._timed("saving"):
             metrics = metrics_of_weights(self.trainer.state, self.trainer.args)
             facts = {"method": "lottery_ticket", "config": config_to_dict(self.config), "metrics": metrics}
@@ -187,18 +197,35 @@ class LotterySearch:
             self._publish_ticket(journal)
         return output
 
-    def _train(self, folder: Path, arguments: TrainingArguments) -> TrainOutput:
+    def _train(self, folder: Path, arguments: TrainingArguments, sites: list[Site]) -> TrainOutput:
         """One training from the rewound weights, or from the last whole checkpoint in `folder`."""
         trainer = self.trainer
-        self._rewind(self._start if self.round == 1 else self._rewind_point())
-        if self.round > 1 and not self.config.rewind_head:
-            restore_snapshot(trainer.model, self._round_folder(self.round - 1) / "head.safetensors", self._is_head)
+        checkpoint = last_complete_checkpoint(folder, needed=None if self._ticket is None else DESCRIPTION_FILE)
+
+        def begin() -> None:
+            pieces_of(sites, named_canonical_parameters(trainer.model))  # what cannot be drawn is refused before hours
+            if checkpoint is None:
+                before = self.seconds["rewinding"]
+                self._rewind_all()
+                self.seconds["training"] -= self.seconds["rewinding"] - before  # during which this happens
+
+        is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        if not is_sharded:
+            self._rewind_all()
         trainer.train_under(self._ticket)
         self.sparsity = self._current_sparsity()
         snapshot = TakeSnapshot(self.config.rewind_step, self._folder / "rewind.safetensors")
         takes_snapshot = self.round == 1 and self.config.rewind_step > 0
-        with self._timed("training"), with_callback(trainer, takes_snapshot and snapshot):
-            return train_anew(trainer, arguments, last_complete_checkpoint(folder), self._pristine)
+        # Engines and shards are made when a training begins, so that weights are written after that.
+        begins = first_at_train_begin(trainer, begin) if is_sharded else contextlib.nullcontext()
+        with self._timed("training"), with_callback(trainer, takes_snapshot and snapshot), begins:
+            return train_anew(trainer, arguments, checkpoint, self._pristine)
+
+    def _rewind_all(self) -> None:
+        """To what the training that begins starts from; heads may go on from the round before."""
+        self._rewind(self._start if self.round == 1 else self._rewind_point())
+        if self.round > 1 and not self.config.rewind_head:
+            self._rewind(self._round_folder(self.round - 1) / "head.safetensors", self._is_head)
 
     def _draw(self, number: int, sparsity: float, sites: list[Site]) -> dict:
         trainer, config = self.trainer, self.config
@@ -212,15 +239,16 @@ class LotterySearch:
             sparsity,
             score=config.score,
             budget=config.budget,
-            previous=None if self._ticket is None else self._ticket.masks(),
+            previous=None if self._ticket is None else parts_of_ticket(self._ticket, trainer.model),
             gradients=gradients,
             generator=seeded(config.seed, number),
         )
 
-    def _rewind(self, snapshot: Path) -> None:
-        """Restore every tensor of the model, head included, bit for bit."""
+    def _rewind(self, snapshot: Path, wanted: Callable[[str], bool] = everything) -> None:
+        """Restore every tensor of the model that is `wanted`, head included, bit for bit."""
         with self._timed("rewinding"):
-            restore_snapshot(self.trainer.model, snapshot)
+            restore_snapshot(self.trainer.model, snapshot, wanted)
+            copy_masters_to_model(self.trainer.optimizer, self.trainer.model.parameters())
 
     @property
     def _start(self) -> Path:
@@ -244,17 +272,6 @@ class LotterySearch:
 
     def _round_folder(self, number: int) -> Path:
         return self._folder / f"round-{number}"
-
-    def _check_finite(self, loss: float, folder: Path) -> None:
-        """The Trainer's `logging_nan_inf_filter` hides NaN from the loss, so the weights are looked at too."""
-        parameters = named_canonical_parameters(self.trainer.model).items()
-        broken = next((name for name, parameter in parameters if not parameter.isfinite().all()), None)
-        if broken is not None or not math.isfinite(loss):
-            found = f"a training loss of {loss}" if broken is None else f"NaN or infinite weights in `{broken}`"
-            raise ValueError(
-                f"Round {self.round} ended with {found}, so its weights say nothing. Lower the learning rate or check "
-                f"the data, delete `{folder}`, and resume; finished rounds are kept."
-            )
 
     def _is_head(self, full_name: str) -> bool:
         parameters, buffers = head_names(self.trainer.model)

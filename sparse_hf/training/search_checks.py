@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from sparse_hf.algorithms.budgets import num_kept
 from sparse_hf.anatomy.sites import Site, find_sites
 from sparse_hf.tickets.configs import LotteryTicketConfig
+from sparse_hf.training.sharding_checks import check_search
 
 
 if TYPE_CHECKING:
@@ -19,10 +20,11 @@ def check_before_search(trainer: "SparseTrainer", config: LotteryTicketConfig) -
     """The sites to prune, after everything that can be checked without training was.
 
     Raises:
-        ValueError: sharded training; no sites; a sparsity that leaves no weight; a round longer than the training; a
-            rewinding step outside the dense round; checkpoints that stop a round before its end.
+        ValueError: parameters sharded in a way that cannot be rewound; no sites; a sparsity that leaves no weight; a
+            round longer than the training; a rewinding step outside the dense round; checkpoints that stop a round
+            before its end.
     """
-    check_strategy(trainer, "A search rewinds")
+    check_search(trainer, config.score)
     sites = find_sites(trainer.model, config.include, config.exclude)
     weights = sum(rows * columns for rows, columns in (site.shape for site in sites))
     if num_kept(weights, config.sparsity) < len(sites):
@@ -46,15 +48,6 @@ def check_before_search(trainer: "SparseTrainer", config: LotteryTicketConfig) -
     if config.rewind_step >= length:
         raise ValueError(f"`rewind_step` must lie inside the first round of {length} steps, got {config.rewind_step}.")
     return sites
-
-
-def check_strategy(trainer: "SparseTrainer", what: str) -> None:
-    """Raise ValueError if parameters are sharded, where `what` is done with whole ones."""
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        raise ValueError(
-            f"{what} whole parameters, not sharded ones yet, got DeepSpeed or FSDP. Use one process or DDP; a ticket "
-            "that was found there trains under FSDP2 and ZeRO."
-        )
 
 
 def check_resume(trainer: "SparseTrainer", resume: str | bool | None) -> None:

@@ -36,9 +36,11 @@ def begin_search(
     trainer: "SparseTrainer", journal: SearchJournal, start: Path, wanted: Callable[[str], bool] = everything
 ) -> None:
     """Save what is `wanted` of the model as it was given to `start`, and the journal, unless an earlier run did."""
+    is_new = not journal.rounds and not (journal.folder / SEARCH_FILE).is_file()
     trainer.accelerator.wait_for_everyone()  # until every rank has seen the folder as it was
-    if trainer.args.should_save and not journal.rounds and not (journal.folder / SEARCH_FILE).is_file():
-        save_snapshot(trainer.model, start, wanted)
+    if is_new:
+        save_snapshot(trainer.model, start, wanted, writes=trainer.args.should_save)
+    if is_new and trainer.args.should_save:
         journal.save()
     trainer.accelerator.wait_for_everyone()
 

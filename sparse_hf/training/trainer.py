@@ -14,6 +14,7 @@ from transformers.trainer_utils import HubStrategy, TrainOutput
 from sparse_hf.anatomy.slim import cut_units
 from sparse_hf.dsee.masking_config import DseeTwoStageConfig
 from sparse_hf.moe.balance_config import BalanceConfig
+from sparse_hf.storage.file_names import DESCRIPTION_FILE
 from sparse_hf.tickets.config_json import SparsityConfig
 from sparse_hf.tickets.configs import LotteryTicketConfig
 from sparse_hf.tickets.early_bird_config import EarlyBirdConfig
@@ -25,11 +26,12 @@ from sparse_hf.training.converted_checkpoints import load_converted, needs_conve
 from sparse_hf.training.dropped_tokens import DroppedTokens
 from sparse_hf.training.dsee_two_stages import DseeTwoStages
 from sparse_hf.training.early_bird_search import EarlyBirdSearch, describe_slim
+from sparse_hf.training.forget_training import give_back, held_by
 from sparse_hf.training.load_balancer import LoadBalancer
 from sparse_hf.training.lottery_search import LotterySearch
 from sparse_hf.training.top_k_scheduling import TopKScheduleCallback
 from sparse_hf.training.trainer_card import bring_from_checkpoint, complete_card
-from sparse_hf.training.trainer_push import holds_compressed, push_in_one_commit
+from sparse_hf.training.trainer_push import delete_outdated_after, holds_compressed, push_in_one_commit
 
 
 # Methods that train more than once.
@@ -77,6 +79,7 @@ class SparseTrainer(Trainer):
         self.search = None if search is None else search(self, sparsity)
         self._structured_ticket: StructuredTicket | None = None
         self._sparsity_callback: SparsityCallback | None = None
+        self._stepped_shards: list[list[nn.Parameter]] | None = None  # of an optimizer that is being prepared
         self._resumed_at: int | None = None  # step of the checkpoint that the running training continues
         if isinstance(sparsity, StructuredTicket):
             self._train_slim(sparsity)
@@ -141,11 +144,14 @@ class SparseTrainer(Trainer):
         if self.sparsity is None:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         if resume_from_checkpoint is True:
-            checkpoint = last_complete_checkpoint(Path(self.args.output_dir))
+            # Of sharded weights, masks are written after everything else, this file last.
+            needed = None if self._sparsity_callback is None else DESCRIPTION_FILE
+            checkpoint = last_complete_checkpoint(Path(self.args.output_dir), needed)
             if checkpoint is None:
+                masks = "" if needed is None else ", masks included,"
                 raise ValueError(
-                    f"`resume_from_checkpoint=True` needs a complete checkpoint in `{self.args.output_dir}`, found "
-                    "none. Start without it."
+                    f"`resume_from_checkpoint=True` needs a complete checkpoint{masks} in `{self.args.output_dir}`, "
+                    "found none. Start without it."
                 )
             resume_from_checkpoint = str(checkpoint)
         self._resumed_at = steps_in_checkpoint(Path(resume_from_checkpoint)) if resume_from_checkpoint else None
@@ -167,7 +173,14 @@ class SparseTrainer(Trainer):
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.search is not None and not made_before:
             self.search.adjust_optimizer(optimizer)
+            self._stepped_shards = held_by(optimizer)
         return optimizer
+
+    def create_scheduler(self, *args: object, **kwargs: object) -> torch.optim.lr_scheduler.LRScheduler:
+        """The Trainer's; accelerate has prepared the optimizer by now."""
+        give_back(self._stepped_shards, self.optimizer)
+        self._stepped_shards = None
+        return super().create_scheduler(*args, **kwargs)
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple[int | None, ...]:
         """The Trainer's, but no epoch is left of a training that had ended when its last checkpoint was written.
@@ -327,4 +340,7 @@ class SparseTrainer(Trainer):
         bring_from_checkpoint(Path(checkpoint_folder), Path(self.args.output_dir))
         super().create_model_card(model_name=Path(self.hub_model_id).name)
         complete_card(self, Path(checkpoint_folder))
+        earlier = list(self.push_in_progress.jobs) if running else []
         super()._push_from_checkpoint(checkpoint_folder)
+        jobs = self.push_in_progress.jobs
+        jobs.append(delete_outdated_after(self, [job for job in jobs if job not in earlier]))

@@ -6,7 +6,7 @@ was zeroed in the masters by a hook on the torch optimizer is zero in the model 
 where masks change between steps, the copies have to be brought up to date.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -14,6 +14,7 @@ from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from torch import Tensor, nn
 
 from sparse_hf.algorithms.masking import zero_pruned_
+from sparse_hf.algorithms.sharded_tensors import local_part
 
 
 # By the class of DeepSpeed's optimizer, the attribute with the flat masters that the torch optimizer steps.
@@ -80,10 +81,42 @@ class ZeroStepping:
         for name, parameter in parameters.items():
             run = parameter.ds_tensor.detach()[: bits[name].numel()]
             zero_pruned_(run, bits[name].to(run.device))
+        self._gather_small()
+
+    def copy_to_model(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Bring new values from the masters to what the model computes with; all ranks together.
+
+        Args:
+            parameters: those that changed.
+        """
+        if not type(self._zero).__name__.endswith("Stage3"):
+            self._zero.update_lp_params()  # as after a step
+            return
+        for parameter in parameters:
+            masters = local_part(parameter)
+            parameter.ds_tensor.detach()[: masters.numel()].copy_(masters)
+        self._gather_small()
+
+    def _gather_small(self) -> None:
+        """Of ZeRO-3, what has copies of the parts that ranks hold."""
         self._zero.invalidate_secondary_tensor()
         if self._zero.persistent_parameters:  # small ones, which stay gathered between steps
             self._zero._partition_all_parameters()
             self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
+
+
+def copy_masters_to_model(optimizer: torch.optim.Optimizer | None, parameters: Iterable[nn.Parameter]) -> None:
+    """Bring values that were written into `local_part(parameter)` to what the model computes with; all ranks together.
+
+    Nothing, unless DeepSpeed steps masters.
+
+    Args:
+        optimizer: the Trainer's, or None before there is one.
+        parameters: those that changed.
+    """
+    zero = None if optimizer is None else innermost(optimizer)[1]
+    if zero is not None:
+        zero.copy_to_model(parameters)
 
 
 def _check_in_memory(zero: object) -> None:

@@ -15,9 +15,19 @@ from sparse_hf.tickets.draw import draw_masks
 from sparse_hf.tickets.fingerprint import base_fingerprint
 from sparse_hf.tickets.ticket import Ticket
 from sparse_hf.training.callback import SparsityCallback
+from training.search_processes import EARLY, EVALUATED, STEPS, check_early, check_late
 from training.tiny_training import assert_same
 from training.two_processes import found_by_both, run_two
-from training.zero_processes import CASES, COMPARED, RESUMED, VARIANTS, plain_trainer, tied_classifier, tiny_mixture
+from training.zero_processes import (
+    CASES,
+    COMPARED,
+    RESUMED,
+    SEARCHED_UNDER_ZERO_2,
+    VARIANTS,
+    plain_trainer,
+    tied_classifier,
+    tiny_mixture,
+)
 
 
 pytestmark = [
@@ -100,3 +110,25 @@ def test_what_is_saved_has_all_masks_and_zeros(runs, run):
         full = [key for key in saved if key == name or key.endswith(f".{name}")]
         if full:  # experts are saved one by one
             assert torch.equal(saved[full[0]], weight), name
+
+
+def searched(folder, config, **options):
+    trainer = plain_trainer(folder, config, 4, **STEPS, **options)
+    trainer.train()
+    return trainer
+
+
+def test_a_search_finds_the_ticket_of_one_process_and_rewinds_bit_for_bit(runs, tmp_path):
+    check_early(runs[0] / "zero3-early", runs[1]["zero3-early"], searched(tmp_path, EARLY, **EVALUATED))
+
+
+def test_late_rewinding_goes_to_the_step_of_the_dense_round(runs, tmp_path):
+    masks = searched(tmp_path, SEARCHED_UNDER_ZERO_2).ticket.masks()
+    check_late(runs[0] / "zero2-late", runs[1]["zero2-late"], masks, trained=False)
+    check_late(runs[0] / "zero3-late", runs[1]["zero3-late"], None)  # in bf16, from masters in fp32
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_resumed_search_is_the_one_that_did_not_stop(runs, stage):
+    for kind in ("mask", "weight"):
+        assert_same(runs[1][f"zero{stage}-resumed"][kind], runs[1][f"zero{stage}-late"][kind])

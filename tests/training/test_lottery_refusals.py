@@ -3,6 +3,7 @@
 import errno
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from sparse_hf.storage import mask_file
 from sparse_hf.tickets.configs import LotteryTicketConfig, StaticSparsityConfig
 from sparse_hf.tickets.ticket import Ticket
+from sparse_hf.training.sharding_checks import check_search
 from training.tiny_training import (
     AtBegin,
     AtStep,
@@ -160,3 +162,22 @@ def test_a_full_disk_keeps_the_tickets_before(tmp_path, monkeypatch):
 def test_there_is_no_ticket_before_the_first_round(tmp_path):
     with pytest.raises(RuntimeError, match="no round is finished"):
         _ = search(tmp_path).ticket
+
+
+@pytest.mark.parametrize(
+    ("fsdp", "stage", "config", "score", "match"),
+    [
+        (1, None, {}, "magnitude", "shards of FSDP2, got version 1. Set `fsdp_version: 2`"),
+        (None, 0, {}, "magnitude", "ZeRO-1, ZeRO-2 and ZeRO-3 step, got stage 0"),
+        (None, 2, {"scheduler": {"type": "WarmupLR"}}, "magnitude", "got a `scheduler` in DeepSpeed's config"),
+        (None, 3, {}, "gradient", "reads gradients, which DeepSpeed does not leave behind"),
+    ],
+)
+def test_shards_that_cannot_be_rewound(fsdp, stage, config, score, match):
+    state = SimpleNamespace(
+        fsdp_plugin=SimpleNamespace(fsdp_version=fsdp),
+        deepspeed_plugin=SimpleNamespace(zero_stage=stage, deepspeed_config=config),
+    )
+    enabled = {"is_fsdp_enabled": fsdp is not None, "is_deepspeed_enabled": stage is not None}
+    with pytest.raises(ValueError, match=match):
+        check_search(SimpleNamespace(accelerator=SimpleNamespace(state=state), **enabled), score)

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
-from sparse_hf.training.snapshot import restore_snapshot, save_snapshot
+from sparse_hf.training.snapshot import _run, restore_snapshot, save_snapshot
 from tiny_models import tiny_model
 from training.tiny_training import assert_same, same, tensors, tiny_classifier
 
@@ -68,3 +69,22 @@ def test_another_precision_is_refused(tmp_path):
     save_snapshot(tiny_classifier(), tmp_path / "start.safetensors")
     with pytest.raises(ValueError, match="was saved from another model"):
         restore_snapshot(tiny_classifier().bfloat16(), tmp_path / "start.safetensors")
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (7,), (2, 3, 4), ()])
+def test_of_a_stored_tensor_any_run_can_be_read(tmp_path, shape):
+    """As ZeRO cuts tensors: from anywhere to anywhere in the flat order."""
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.randn(shape))
+    flat = model.weight.detach().reshape(-1)
+    save_snapshot(model, tmp_path / "one.safetensors")
+    with safe_open(tmp_path / "one.safetensors", framework="pt") as file:
+        for start in range(flat.numel() + 1):
+            for end in range(start, flat.numel() + 1):
+                run = _run(file.get_slice("weight"), start, end - start)
+                assert torch.equal(run, flat[start:end]), (start, end)
+
+
+def test_a_rank_that_does_not_write_leaves_no_file(tmp_path):
+    save_snapshot(tiny_classifier(), tmp_path / "start.safetensors", writes=False)
+    assert not list(tmp_path.iterdir())

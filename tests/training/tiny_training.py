@@ -37,6 +37,16 @@ def tiny_classifier(seed: int = 0, **changes: object) -> PreTrainedModel:
     return tiny_model("bert", "sequence_classification", seed=seed, **changes)
 
 
+def tied_classifier(**changes: object) -> PreTrainedModel:
+    """No dropout, matrices of odd sizes for two ranks, and weights of few different magnitudes."""
+    changes = {"hidden_size": 20, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **changes}
+    model = tiny_classifier(**changes)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(100).round_().div_(100)
+    return model
+
+
 def tiny_arguments(folder: Path, **changes: object) -> TrainingArguments:
     """Six steps of four rows on the CPU; nothing is logged, evaluated or saved."""
     defaults = dict(

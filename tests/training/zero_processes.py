@@ -1,12 +1,14 @@
 """What each of two processes trains under DeepSpeed ZeRO for `test_deepspeed.py`."""
 
+import dataclasses
 import os
 import sys
+import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
@@ -20,7 +22,8 @@ from sparse_hf.tickets.configs import GradualPruningConfig, LotteryTicketConfig,
 from sparse_hf.tickets.early_bird_config import EarlyBirdConfig
 from sparse_hf.training.trainer import SparseTrainer
 from tiny_models import tiny_model
-from training.tiny_training import AtStep, Crash, CrashAt, tiny_classifier, tiny_trainer
+from training.search_processes import LATE, search_early, search_late
+from training.tiny_training import AtBegin, AtStep, Crash, CrashAt, tied_classifier, tiny_trainer
 
 
 CASES = {
@@ -36,9 +39,11 @@ VARIANTS = {"bf16-1": (1, {}, {"bf16": True}), "offload-3": (3, OFFLOAD, {"bf16"
 REFUSED = {
     "gradient": (2, StaticSparsityConfig(sparsity=0.6, score="gradient"), "score='gradient' reads gradients"),
     "stage 0": (0, StaticSparsityConfig(sparsity=0.6), "masks are kept by ZeRO-1, ZeRO-2 and ZeRO-3"),
-    "search": (3, LotteryTicketConfig(sparsity=0.5, rounds=1), "A search rewinds whole parameters"),
-    "early bird": (2, EarlyBirdConfig(heads=0.5, neurons=0.5), "cannot cut sharded parameters"),
+    "search": (3, LotteryTicketConfig(sparsity=0.5, rounds=1, score="gradient"), "score='gradient' reads gradients"),
+    "search at stage 0": (0, LotteryTicketConfig(sparsity=0.5, rounds=1), "a search rewinds what ZeRO-1, ZeRO-2 and"),
+    "early bird": (0, EarlyBirdConfig(heads=0.5, neurons=0.5), "a search rewinds what ZeRO-1, ZeRO-2 and"),
 }
+SEARCHED_UNDER_ZERO_2 = dataclasses.replace(LATE, final_training=False)
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 
 
@@ -47,19 +52,11 @@ def zero_config(stage: int, **changes: object) -> dict:
     zero = {"stage": stage, **changes}
     if stage == 3:
         # Parameters of up to 400 weights stay gathered between steps, the larger ones do not.
-        zero |= {"stage3_param_persistence_threshold": 400, "stage3_gather_16bit_weights_on_model_save": True}
+        defaults = {"stage3_param_persistence_threshold": 400, "stage3_gather_16bit_weights_on_model_save": True}
+        zero = defaults | zero
     follow = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     own = {"zero_optimization": zero, "bf16": {"enabled": "auto"}, "zero_force_ds_cpu_optimizer": False}
     return dict.fromkeys(follow, "auto") | own
-
-
-def tied_classifier() -> PreTrainedModel:
-    """No dropout, matrices of odd sizes for two ranks, and weights of few different magnitudes."""
-    model = tiny_classifier(hidden_size=20, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(100).round_().div_(100)
-    return model
 
 
 def tiny_mixture() -> PreTrainedModel:
@@ -72,7 +69,7 @@ def plain_trainer(
 ):
     """Six steps of four rows in order, however many processes share them."""
     order = {"train_sampling_strategy": "sequential", "average_tokens_across_devices": False, "max_grad_norm": 0.5}
-    return tiny_trainer(folder, config, model=model(), per_device_train_batch_size=batch, **order, **options)
+    return tiny_trainer(folder, config, model=model(), per_device_train_batch_size=batch, **{**order, **options})
 
 
 def zero_trainer(folder: Path, stage: int, config: object, changes: dict | None = None, **options: object):
@@ -132,6 +129,19 @@ def stopped_and_resumed(folder: Path, stage: int) -> SparseTrainer:
     return zero_trainer(folder, stage, CASES["gradual"], **SAVING)
 
 
+def search_trainer(stage: int, folder: Path, config: object, **options: object) -> SparseTrainer:
+    """Its engine is the only one: those of earlier trainings are gone, with their masters and moments."""
+    trainer = zero_trainer(folder, stage, config, **options)
+    engines = []
+
+    def look(**_: object) -> None:
+        assert not any(engine() for engine in engines)
+        engines.append(weakref.ref(trainer.deepspeed))
+
+    trainer.add_callback(AtBegin(look))
+    return trainer
+
+
 def run_one_process(folder: str) -> None:
     """All runs; what they came to is written for the test."""
     import deepspeed.comm.torch  # noqa: F401
@@ -149,6 +159,9 @@ def run_one_process(folder: str) -> None:
     ticket = StaticSparsityConfig(ticket=str(root / "ticket"))
     found |= found_after("ticket-2", zero_trainer(root / "ticket-2", 2, ticket))
     found |= found_after("mixture-3", zero_trainer(root / "mixture-3", 3, CASES["static"], model=tiny_mixture))
+    found |= search_late(root, "zero2", partial(search_trainer, 2), weights_of, SEARCHED_UNDER_ZERO_2)
+    found |= search_early(root, "zero3", partial(search_trainer, 3), weights_of)
+    found |= search_late(root, "zero3", partial(search_trainer, 3, bf16=True), weights_of, LATE)
     for name, (stage, config, message) in REFUSED.items():
         with pytest.raises(ValueError, match=message):
             zero_trainer(root / name, stage, config).train()
