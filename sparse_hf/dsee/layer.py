@@ -17,6 +17,7 @@ from sparse_hf.dsee.config import DseeConfig
 from sparse_hf.dsee.new_adapter import make_room
 from sparse_hf.dsee.product import adapted_product, dense_update, merged_weight
 from sparse_hf.dsee.seen import Seen
+from sparse_hf.dsee.weight_parts import WeightRun, is_split, shape_of, whole_from_run
 
 
 PREFIX = "sparse_hf_dsee_"
@@ -54,7 +55,7 @@ class DseeLayer(BaseTunerLayer):
         self.quantization_backend = resolve_quantization_backend(base, **quantization)
         self.input_first = isinstance(base, Conv1D)
         if self.input_first:
-            self.in_features, self.out_features = base.weight.shape
+            self.in_features, self.out_features = shape_of(base.weight)
         else:
             self.in_features, self.out_features = base.in_features, base.out_features
         self.register_load_state_dict_post_hook(_look_after_loading)
@@ -115,16 +116,28 @@ class DseeLayer(BaseTunerLayer):
     def frozen_weight(self) -> Tensor:
         """W0: the weight without the masks and updates of any adapter; a copy where it differs from what is held.
 
+        Where the weight is split all ranks ask together, and each gets all of it.
+
         Raises:
             ValueError: an adapter is merged.
         """
-        if self.merged:
-            raise ValueError(f"W0 is not at hand while {self.merged_adapters} are merged: unmerge them first.")
+        if (run := self.frozen_run()) is not None:
+            return whole_from_run(run.weights, self.weight)
         weight = self.get_base_weight()
         if self.sparse_hf_dsee_baked.bits is not None:
             weight = weight.clone()
             self.sparse_hf_dsee_baked.restore_(weight)
         return weight
+
+    def frozen_run(self) -> WeightRun | None:
+        """A copy of this rank's part of W0; None where the weight is whole.
+
+        Raises:
+            ValueError: an adapter is merged.
+        """
+        if self.merged:
+            raise ValueError(f"W0 is not at hand while {self.merged_adapters} are merged: unmerge them first.")
+        return self.sparse_hf_dsee_baked.unmasked(self.weight) if is_split(self.weight) else None
 
     @torch.no_grad()
     def settle(self, names: list[str] | None = None) -> None:
@@ -143,11 +156,11 @@ class DseeLayer(BaseTunerLayer):
         self._notice_other_weight(weight)
         if len(masks) == len(self._settled) and all(map(Seen.still, self._settled, masks)):
             return
-        self.sparse_hf_dsee_baked.restore_(weight.data)
+        self.sparse_hf_dsee_baked.restore_(weight)
         self.sparse_hf_dsee_baked.forget()
         if masks:
             kept = [unpack_bits(mask, self.weight_shape) for mask in masks]
-            self.sparse_hf_dsee_baked.bake_(weight.data, torch.stack(kept).all(0))
+            self.sparse_hf_dsee_baked.bake_(weight, torch.stack(kept).all(0))
         self._settled = [Seen.of(mask) for mask in masks]
         self._weight_seen = Seen.of(weight)
 
@@ -155,7 +168,7 @@ class DseeLayer(BaseTunerLayer):
         """If other base weights were loaded over the masked ones, mask them anew and forget what was removed."""
         if self._weight_seen is None or self._weight_seen.still(weight):
             return
-        if bool(weight[~self.sparse_hf_dsee_baked.mask(weight)].any()):
+        if self.sparse_hf_dsee_baked.is_filled(weight):
             self.sparse_hf_dsee_baked.forget()
             self._settled = []
         self._weight_seen = Seen.of(weight)  # with the same zeros it is the same base: DDP writes to weights too
@@ -234,6 +247,8 @@ class DseeLayer(BaseTunerLayer):
             self.unmerge()
         if not names:
             return 0.0
+        if is_split(self.weight):
+            raise ValueError("Whole weights are merged, got parts of FSDP or DeepSpeed: load the saved adapter first.")
         self.settle(names)
         before = self.get_base_weight()
         merged, taken = merged_weight(self, names, sparse)
@@ -262,7 +277,7 @@ class DseeLayer(BaseTunerLayer):
             self.merge(safe_merge, adapter_names, keep_unmerged=False)
         elif not merge:
             self.unmerge()
-            self.sparse_hf_dsee_baked.restore_(self.weight.data)
+            self.sparse_hf_dsee_baked.restore_(self.weight)
         self.sparse_hf_dsee_baked.forget()
         return self.get_base_layer()
 

@@ -1,5 +1,6 @@
 """Which frozen weights does S1 keep?"""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -7,8 +8,11 @@ from torch import Tensor, nn
 
 from sparse_hf.algorithms.n_m_selection import keep_n_of_m
 from sparse_hf.algorithms.selection import keep_largest
+from sparse_hf.algorithms.shard_layout import ShardLayout
+from sparse_hf.algorithms.sharded_tensors import sum_over_ranks
 from sparse_hf.dsee.layer import DseeLayer
 from sparse_hf.dsee.masking_config import Score
+from sparse_hf.dsee.weight_parts import is_split, run_of, whole_from_run
 
 
 def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, DseeLayer]:
@@ -28,11 +32,14 @@ def unstructured_masks(
     DSEE's released code (`ad_pruning_ratio`, `pruning_ratio`). That code ranks by |update| only; its sum with W0 has a
     precedence error, which is not repeated here.
 
+    Where ranks hold parts of the matrices, each ranks its own part, and counts are added up; updates are multiplied
+    out one whole matrix at a time.
+
     Args:
         sparsity: in [0, 1).
 
     Returns:
-        bool masks in the weights' layouts, True = kept.
+        bool masks in the weights' layouts, True = kept, whole.
     """
     tuned = {name for name, layer in layers.items() if _is_tuned(layer, adapter_name)}
     masks: dict[str, Tensor] = {}
@@ -40,21 +47,42 @@ def unstructured_masks(
         names = [name for name in layers if name in group]
         if names:
             scores = [_score(layers[name], adapter_name, score if name in tuned else "weight") for name in names]
-            count = sum(one.numel() for one in scores)
-            kept = _keep(scores, [layers[name] for name in names], count - round(sparsity * count), names)
-            masks |= dict(zip(names, kept, strict=True))
+            members = [layers[name] for name in names]
+            layout = _layout(members)
+            count = sum(layout.numels)
+            kept = _keep(scores, members, count - round(sparsity * count), names, layout)
+            masks |= {name: _whole(one, layers[name]) for name, one in zip(names, kept, strict=True)}
     return masks
 
 
-def _keep(scores: list[Tensor], layers: list[DseeLayer], num_keep: int, names: list[str]) -> list[Tensor]:
+def _layout(layers: list[DseeLayer]) -> ShardLayout:
+    """Of the matrices' parts that this rank holds: all of them, unless they are split."""
+    runs = [run_of(layer.weight) for layer in layers]
+    return ShardLayout(
+        numels=tuple(math.prod(layer.weight_shape) for layer in layers),
+        tensors=tuple(range(len(layers))),
+        starts=tuple(0 if run is None else run.start for run in runs),
+        all_reduce_sum=sum_over_ranks([layer.weight for layer in layers]),
+    )
+
+
+def _whole(mask: Tensor, layer: DseeLayer) -> Tensor:
+    return whole_from_run(mask, layer.weight).view(layer.weight_shape) if is_split(layer.weight) else mask
+
+
+def _keep(
+    scores: list[Tensor], layers: list[DseeLayer], num_keep: int, names: list[str], layout: ShardLayout
+) -> list[Tensor]:
     """The largest scores; where fewer than `num_keep` are not zero, the others by |W0| and not by their place."""
     nonzero = [one != 0 for one in scores]
-    free = num_keep - sum(int(one.sum()) for one in nonzero)
+    found = torch.tensor([sum(int(one.sum()) for one in nonzero)])
+    free = num_keep - int(layout.all_reduce_sum(found))
     if free <= 0:
-        return keep_largest(scores, num_keep, absolute=True, names=names)
-    weights = [layer.frozen_weight().float() for layer in layers]
+        return keep_largest(scores, num_keep, absolute=True, names=names, shards=layout)
+    weights = [_weights(layer) for layer in layers]
     others = [~one for one in nonzero]
-    filled = keep_largest(weights, free, candidates=others, min_per_tensor=0, absolute=True, names=names)
+    options = {"min_per_tensor": 0, "absolute": True, "names": names, "shards": layout}
+    filled = keep_largest(weights, free, candidates=others, **options)
     return [one | other for one, other in zip(nonzero, filled, strict=True)]
 
 
@@ -90,8 +118,16 @@ def _is_tuned(layer: DseeLayer, adapter_name: str) -> bool:
     return adapter_name in layer.sparse_hf_dsee_U or adapter_name in layer.sparse_hf_dsee_values
 
 
+def _weights(layer: DseeLayer) -> Tensor:
+    """W0 in float32, as much of it as this rank holds."""
+    run = layer.frozen_run()
+    return (layer.frozen_weight() if run is None else run.weights).float()
+
+
 def _score(layer: DseeLayer, adapter_name: str, score: Score) -> Tensor:
     if score == "weight":
-        return layer.frozen_weight().float()
-    update = layer.get_delta_weight(adapter_name).float()
-    return update if score == "update" else update.abs() + layer.frozen_weight().float().abs()
+        return _weights(layer)
+    update = layer.get_delta_weight(adapter_name).float()  # whole, one matrix at a time
+    run = run_of(layer.weight)
+    update = update if run is None else run.of(update).clone()
+    return update if score == "update" else update.abs() + _weights(layer).abs()

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_hf.algorithms.sparse_update import linear_with_update, update_alone
+from sparse_hf.dsee.weight_parts import whole_copy
 
 
 if TYPE_CHECKING:
@@ -31,13 +32,16 @@ def adapted_product(layer: "DseeLayer", x: Tensor, names: list[str]) -> Tensor:
 
 
 def dense_update(layer: "DseeLayer", name: str) -> Tensor:
-    """scaling (U V + S2) as one matrix in the weight's layout, in the adapter's dtype."""
+    """scaling (U V + S2) as one matrix in the weight's layout, in the adapter's dtype.
+
+    Where U, V and S2 are split, all ranks ask together.
+    """
     update = torch.zeros(layer.weight_shape, device=layer.weight.device)
     if name in layer.sparse_hf_dsee_U:
-        product = layer.sparse_hf_dsee_U[name] @ layer.sparse_hf_dsee_V[name]
+        product = whole_copy(layer.sparse_hf_dsee_U[name]) @ whole_copy(layer.sparse_hf_dsee_V[name])
         update = product.t().contiguous() if layer.input_first else product
     if name in layer.sparse_hf_dsee_values:
-        values, indices = layer.sparse_hf_dsee_values[name], layer.sparse_hf_dsee_indices[name]
+        values, indices = whole_copy(layer.sparse_hf_dsee_values[name]), layer.sparse_hf_dsee_indices[name]
         update = update.flatten().index_add(0, indices, values.to(update.dtype)).view(layer.weight_shape)
     return update * layer.sparse_hf_dsee_scaling[name]
 
@@ -78,7 +82,9 @@ def _base_and_sparse(layer: "DseeLayer", x: Tensor, names: list[str]) -> Tensor:
 def _is_plain(layer: "DseeLayer") -> bool:
     """Whether the base is nothing but its weight: not quantized, adapted, hooked, or given another forward."""
     base = layer.base_layer
-    hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+    kinds = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
+    # ZeRO-3's own hooks bring weights for a call; it brings them for this layer too, when they are asked for.
+    hooked = any(not str(hook.__module__).startswith("deepspeed.") for hooks in kinds for hook in hooks.values())
     return (
         layer.quantization_backend is None
         and base is layer.get_base_layer()

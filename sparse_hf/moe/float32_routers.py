@@ -18,9 +18,10 @@ class Float32Routers:
         self._open: dict[nn.Module, tuple[torch.autocast, list[tuple[dict, str, nn.Parameter]]]] = {}
         self._hooks = []
         for router in routers:
-            self._hooks.append(router.register_forward_pre_hook(self._begin, prepend=True))
+            # Innermost, since ZeRO-3's hooks bring weights before and put them away afterwards.
+            self._hooks.append(router.register_forward_pre_hook(self._begin))
             # Also when the router fails, so that its weights always come back.
-            self._hooks.append(router.register_forward_hook(self._end, always_call=True))
+            self._hooks.append(router.register_forward_hook(self._end, prepend=True, always_call=True))
 
     def detach(self) -> None:
         """Take the hooks off."""

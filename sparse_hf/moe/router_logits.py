@@ -3,14 +3,17 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from sparse_hf.algorithms.balance import Scores
+from sparse_hf.algorithms.zero_partitions import whole_shape
 from sparse_hf.moe.modeling_mixture import FEED_FORWARDS, MODEL_TYPE
 from sparse_hf.moe.read_mixture import TARGETS
+from sparse_hf.moe.router_weights import RouterWeights
 
 
 # Entry for the number of experts; in all of them a block calls its `gate` or `router`, then its `experts` with hidden
@@ -129,6 +132,10 @@ class RouterReader:
         """
         return [self._linear_router(layer) for layer in self._layers]
 
+    def router_weights(self) -> RouterWeights:
+        """The trained weights and biases of `linear_routers`, to be held where ranks have parts of them."""
+        return RouterWeights(self.routers, [partial(self._linear_router, layer) for layer in self._layers])
+
     def _linear_router(self, layer: RouterLayer) -> tuple[nn.Parameter, nn.Parameter | None] | None:
         # Ernie's bias for the choice is a parameter too, but the choice has no gradient.
         trained = {
@@ -138,8 +145,9 @@ class RouterReader:
         }
         if not trained:
             return None
-        weights = [one for one in trained.values() if one.ndim == 2 and len(one) == self.experts]
-        biases = [one for one in trained.values() if one.shape == (self.experts,)]
+        shapes = {name: whole_shape(one) for name, one in trained.items()}
+        weights = [trained[name] for name, shape in shapes.items() if len(shape) == 2 and shape[0] == self.experts]
+        biases = [trained[name] for name, shape in shapes.items() if tuple(shape) == (self.experts,)]
         if len(weights) != 1 or len(biases) > 1 or len(weights) + len(biases) != len(trained):
             raise ValueError(
                 f"A router must train one weight of {self.experts} rows and nothing but a bias beside it, but in "

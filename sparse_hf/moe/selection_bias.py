@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_hf.algorithms.balance import bias_directions
+from sparse_hf.algorithms.sharded_tensors import is_sharded
 from sparse_hf.moe.modeling_mixture import FEED_FORWARDS, MODEL_TYPE
 
 
@@ -30,7 +31,7 @@ def selection_biases(model: nn.Module, blocks: list[nn.Module]) -> list[Tensor]:
     DDP waits for it.)
 
     Raises:
-        ValueError: it has none, or they would not be saved with an adapter.
+        ValueError: it has none, ranks hold parts of them, or they would not be saved with an adapter.
     """
     model_type = model.config.model_type
     path = SELECTION_BIASES.get(model_type)
@@ -40,6 +41,11 @@ def selection_biases(model: nn.Module, blocks: list[nn.Module]) -> list[Tensor]:
             "`bias_rate` needs routers with a bias for the choice alone, which stock models of type deepseek_v3, "
             "dots1, ernie4_5_moe, glm4_moe and lfm2_moe have, and our mixtures with `RouterConfig(bias=True)`, "
             f"got {model_type}{' without it' if path else ''}. Upcycle to one of these, or leave `bias_rate` at 0."
+        )
+    if any(map(is_sharded, biases)):
+        raise ValueError(
+            f"`bias_rate` moves biases that every rank holds whole, but those of {model_type} are parameters, which "
+            "FSDP and DeepSpeed split. Use one process or DDP, or leave `bias_rate` at 0."
         )
     for bias in biases:
         bias.requires_grad_(False)

@@ -4,7 +4,9 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sparse_hf.algorithms.sharded_tensors import local_part, part_of, whole_of
 from sparse_hf.algorithms.supports import move_support, random_support
+from sparse_hf.algorithms.zero_partitions import is_partitioned
 from sparse_hf.training.dsee_masking import dsee_adapter
 
 
@@ -46,8 +48,13 @@ class DseeSupportCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: object
     ) -> None:
-        """Check that there is an adapter whose support can be watched."""
+        """Check that there is an adapter whose support can be watched, and values that can be moved."""
         dsee_adapter(model)
+        if any(map(is_partitioned, model.parameters())):
+            raise ValueError(
+                "A support cannot move under DeepSpeed, which steps values in flat copies of its own: use one "
+                "process, DDP or FSDP2."
+            )
         if args.torch_compile:
             raise ValueError("A support cannot move under `torch_compile`, which does not see hooks: switch it off.")
 
@@ -99,14 +106,15 @@ class DseeSupportCallback(TrainerCallback):
             values, indices = layer.sparse_hf_dsee_values[adapter], layer.sparse_hf_dsee_indices[adapter]
             new, origin = move_support(
                 indices.long().cpu(),
-                values.detach().float().cpu(),
+                whole_of(local_part(values), values).float().cpu(),
                 places[name],
                 gradients.cpu(),
                 numel=layer.weight.numel(),
                 drop_fraction=self.drop_fraction,
             )
-            for tensor in (values.data, *_moments(optimizer, values)):
-                tensor.copy_(_carried(tensor, origin.to(tensor.device)))
+            for tensor in (values, *_moments(optimizer, values)):
+                held = local_part(tensor)  # all ranks have the few whole values for once
+                held.copy_(part_of(_carried(whole_of(held, tensor), origin.to(held.device)), tensor))
             layer.set_support(adapter, new)
 
     def _due(self, state: TrainerState) -> bool:

@@ -6,6 +6,7 @@ Masks are not stored between the stages: they follow from the trained updates.
 """
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,11 +17,13 @@ from transformers.trainer_utils import TrainOutput
 from sparse_hf.dsee.masking_config import DseeTwoStageConfig
 from sparse_hf.training.checkpoints import last_complete_checkpoint
 from sparse_hf.training.dsee_masking import check_maskable, dsee_adapter
-from sparse_hf.training.for_one_training import train_anew, without_model_init
-from sparse_hf.training.search_checks import check_optimizers, check_resume, check_strategy
+from sparse_hf.training.for_one_training import first_at_train_begin, train_anew, without_model_init
+from sparse_hf.training.search_checks import check_optimizers, check_resume
 from sparse_hf.training.search_journal import begin_search, open_journal
+from sparse_hf.training.sharding_checks import check_search
 from sparse_hf.training.snapshot import restore_snapshot, save_snapshot
 from sparse_hf.training.stateful_callbacks import callback_states, stopped_early
+from sparse_hf.training.zero_stepping import copy_masters_to_model
 
 
 if TYPE_CHECKING:
@@ -80,7 +83,7 @@ class DseeTwoStages:
 
         trainer, config = self.trainer, self.config
         check_resume(trainer, resume)
-        check_strategy(trainer, "DSEE in two stages rewinds and masks")
+        check_search(trainer, self.config.score)
         adapter = dsee_adapter(trainer.model)
         folder = Path(trainer.args.output_dir)
         journal = open_journal(folder, {"method": "dsee_two_stages", **vars(config)}, bool(resume))
@@ -92,24 +95,45 @@ class DseeTwoStages:
             with without_model_init(trainer):
                 if not journal.rounds:
                     self.stage = 1
-                    restore_snapshot(trainer.model, folder / "start.safetensors", trained.__contains__)
-                    checkpoint = last_complete_checkpoint(folder / "first-stage")
-                    first = train_anew(trainer, self._first_arguments(folder), checkpoint, self._pristine)
+                    start = folder / "start.safetensors"
+                    self._restore(start, trained)
+                    first = self._train(self._first_arguments(folder), start, trained)
                     journal.rounds.append({"steps": first.global_step, "training_loss": first.training_loss})
-                    if trainer.args.should_save:
-                        save_snapshot(trainer.model, after_first, trained.__contains__)
+                    writes = trainer.args.should_save
+                    save_snapshot(trainer.model, after_first, trained.__contains__, writes=writes)
+                    if writes:
                         journal.save()
                     trainer.accelerator.wait_for_everyone()
                 self.stage = 2
-                restore_snapshot(trainer.model, after_first, trained.__contains__)
+                self._restore(after_first, trained)
                 mask_by_update(trainer.model, adapter, config.sparsity, config.score)
-                output = train_anew(trainer, trainer.args, last_complete_checkpoint(folder), self._pristine)
+                output = self._train(trainer.args, after_first, trained)
         finally:
             self.stage = 0
         journal.finished = True
         if trainer.args.should_save:
             journal.save()
         return output
+
+    def _restore(self, snapshot: Path, trained: set[str]) -> None:
+        model = self.trainer.model
+        restore_snapshot(model, snapshot, trained.__contains__)
+        changed = [one for name, one in model.named_parameters() if name in trained]
+        copy_masters_to_model(self.trainer.optimizer, changed)
+
+    def _train(self, arguments: TrainingArguments, snapshot: Path, trained: set[str]) -> TrainOutput:
+        """One stage, which begins with the snapshot, as the model does, or goes on from its last checkpoint."""
+        trainer = self.trainer
+        checkpoint = last_complete_checkpoint(Path(arguments.output_dir))
+
+        def begin() -> None:
+            if checkpoint is None:
+                self._restore(snapshot, trained)
+
+        # ZeRO's new masters come from what the model computes with, which may be rounded.
+        begins = first_at_train_begin(trainer, begin) if trainer.is_deepspeed_enabled else nullcontext()
+        with begins:
+            return train_anew(trainer, arguments, checkpoint, self._pristine)
 
     def _first_arguments(self, folder: Path) -> TrainingArguments:
         changed = copy.copy(self.trainer.args)

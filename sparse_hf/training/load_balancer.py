@@ -10,32 +10,41 @@ needs f. Two ways, by `BalanceConfig.gradient`, neither of which depends on the 
 
 The term joins right before the backward pass, when the Trainer has scaled its loss for accumulation and ranks, so it
 depends on none of this, and the loss that the Trainer logs stays the task's. Per step there are two small reductions
-over ranks, and the device is never waited for but once, in the first step.
+over ranks, and the device is never waited for but once, in the first step. FSDP2 and ZeRO bring the gradients of the
+term to their parts of the weights as they bring all others: see `router_weights.py`.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sparse_hf.algorithms.balance import chosen_fractions, probability_sums, switch_loss
 from sparse_hf.algorithms.expert_load import expert_load, variation_by_chance
+from sparse_hf.algorithms.sharded_tensors import is_sharded
 from sparse_hf.moe.balance_config import BalanceConfig
 from sparse_hf.moe.balance_objective import MicroBatch, Totals, losses_by_layer, micro_batch, weighted
 from sparse_hf.moe.counted_tokens import counted_tokens
 from sparse_hf.moe.float32_routers import Float32Routers
 from sparse_hf.moe.own_balance_loss import turn_off_own_balance_loss
 from sparse_hf.moe.router_logits import RouterReader, Routing, check_linear
+from sparse_hf.moe.router_weights import Linear, Place, RouterWeights, zero_with
 from sparse_hf.moe.selection_bias import hold_in_float32, move_selection_biases, selection_biases
 from sparse_hf.moe.sequence_numbers import sequence_numbers
 
 
-TRIED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+TRIED = (
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.FSDP,
+    DistributedType.DEEPSPEED,
+)
 
 
 @dataclass
@@ -49,19 +58,6 @@ class Step:
     totals: Totals | None = None  # of all ranks and micro-batches, once known
     sums: Tensor | float = 0.0  # of probabilities on this rank so far, (layers, experts), where load is only measured
     losses: dict[str, Tensor] = field(default_factory=dict)  # this rank's part so far, each (layers,)
-
-
-class _GivenGradients(torch.autograd.Function):
-    """Zero, whose gradients by the weights are those given."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, gradients: list[Tensor], *weights: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return gradients[0].new_zeros(())
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, scale: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(scale * one for one in ctx.gradients)
 
 
 class LoadBalancer(TrainerCallback):
@@ -82,6 +78,8 @@ class LoadBalancer(TrainerCallback):
         self._last: tuple[Totals, dict[str, Tensor], int] | None = None  # totals and losses of a step, top_k
         self._biases: list[Tensor] = []
         self._float32: Float32Routers | None = None
+        self._weights: RouterWeights | None = None  # where ranks hold parts of them
+        self._places: list[Place | None] = []  # of the last forward pass
         self._check_surroundings()
         if trainer.model_init is None:
             turn_off_own_balance_loss(trainer.model)
@@ -89,7 +87,13 @@ class LoadBalancer(TrainerCallback):
             reader.detach()
 
     def check_model(self, model: nn.Module, reader: RouterReader) -> None:
-        """Raise ValueError if the loss would train nothing, or is not defined for this model."""
+        """Raise ValueError if the loss would train nothing, is not defined for this model, or cannot be right."""
+        by_fsdp = self.trainer.accelerator.distributed_type == DistributedType.FSDP
+        if not by_fsdp and any(isinstance(one, DTensor) for one in model.parameters()):
+            raise ValueError(
+                "`balance` works with models that accelerate shards by FSDP2, got one that was sharded when it was "
+                "loaded (`DistributedConfig`). Load it whole."
+            )
         if self.config.z and reader.scores == "sigmoid":
             raise ValueError(
                 f"The z-loss is of a softmax's logits, got `z`={self.config.z} for {reader.model_type}, which chooses "
@@ -119,6 +123,8 @@ class LoadBalancer(TrainerCallback):
         if self.config.bias_rate:
             self._biases = selection_biases(model, [model.get_submodule(name) for name in self.reader.names])
             hold_in_float32(self._biases)
+        if self._trains_routers and any(map(is_sharded, model.parameters())):
+            self._weights = self.reader.router_weights()
         if self.config.float32_routers:
             self._float32 = Float32Routers(self.reader.routers)
 
@@ -146,7 +152,8 @@ class LoadBalancer(TrainerCallback):
     def reading(self, inputs: Mapping[str, object]) -> Iterator[None]:
         """Inside, the model computes the loss of one micro-batch in training."""
         inputs = dict(inputs)  # the Trainer takes some out
-        with self.reader.listening() as routings:
+        holding = nullcontext([]) if self._weights is None else self._weights.holding(copying=not self._checked)
+        with self.reader.listening() as routings, holding as self._places:
             yield
         self._current = self._read(inputs, routings)
 
@@ -154,13 +161,23 @@ class LoadBalancer(TrainerCallback):
         logits = routings[0].logits
         counted = counted_tokens(inputs.get("attention_mask"), len(logits), logits.device)
         sequences = sequence_numbers(inputs, len(counted), counted.device) if self.config.sequence else None
-        to_network = self.config.has_losses and self.config.gradient == "network"
-        if self.config.has_losses and not to_network and not self._checked:
-            for name, one, linear in zip(self.reader.names, routings, self.reader.linear_routers(), strict=True):
+        to_network = self.config.has_losses and not self._trains_routers
+        if self._trains_routers and not self._checked:
+            for name, one, linear in zip(self.reader.names, routings, self._linear_routers(), strict=True):
                 if linear is not None:
                     check_linear(one, *linear, name)
             self._checked = True
         return micro_batch(routings, counted, self.reader.experts, sequences, with_graph=to_network)
+
+    @property
+    def _trains_routers(self) -> bool:
+        return self.config.has_losses and self.config.gradient == "routers"
+
+    def _linear_routers(self) -> list[Linear | None]:
+        """Weight and bias of each trained router, whole, as the last forward pass used them."""
+        if self._weights is None:
+            return self.reader.linear_routers()
+        return [None if place is None else place.copies for place in self._places]
 
     @contextmanager
     def joining(self, model: nn.Module) -> Iterator[None]:
@@ -180,7 +197,7 @@ class LoadBalancer(TrainerCallback):
             yield
         finally:
             accelerator.backward = backward
-            self._current = None
+            self._current, self._places = None, []
 
     def log_entries(self) -> dict[str, float]:
         """Losses and expert load of the last optimizer step, each the mean over layers and the worst layer."""
@@ -233,18 +250,20 @@ class LoadBalancer(TrainerCallback):
 
     def _routers_term(self) -> Tensor:
         """Zero, whose gradient by each router's weight is that of all micro-batches' losses."""
-        trained = [one for one in enumerate(self.reader.linear_routers()) if one[1] is not None]
-        gradients: dict[nn.Parameter, Tensor | float] = {}
+        routers = self.reader.linear_routers()
+        gradients: list[Linear | None] = [None] * len(routers)
         for batch in self._step.kept:
             batch.logits.requires_grad_()
             (by_logits,) = torch.autograd.grad(self._objective(batch), batch.logits)
-            for layer, (weight, bias) in trained:
-                inputs = batch.inputs[layer].float()
-                gradients[weight] = gradients.get(weight, 0.0) + by_logits[layer].T @ inputs
-                if bias is not None:
-                    gradients[bias] = gradients.get(bias, 0.0) + by_logits[layer].sum(0)
+            for layer, linear in enumerate(routers):
+                if linear is not None:
+                    by_weight = by_logits[layer].T @ batch.inputs[layer].float()
+                    by_bias = None if linear[1] is None else by_logits[layer].sum(0)
+                    gradients[layer] = _added(gradients[layer], (by_weight, by_bias))
         self._step.kept = []
-        return _GivenGradients.apply([*gradients.values()], *gradients)
+        sharded = self._weights is not None
+        places = self._places if sharded else [None if one is None else Place.of(*one) for one in routers]
+        return zero_with(places, gradients)
 
     def _objective(self, batch: MicroBatch) -> Tensor:
         """This rank's and micro-batch's part of the step's loss, times the ranks: gradients are averaged over them."""
@@ -285,13 +304,19 @@ class LoadBalancer(TrainerCallback):
             self.reader.detach()
         if self._float32 is not None:
             self._float32.detach()
-        self.reader, self._float32, self._biases = None, None, []
+        if self._weights is not None:
+            self._weights.detach()
+        self.reader, self._float32, self._weights, self._biases = None, None, None, []
 
     def _check_surroundings(self) -> None:
         args, accelerator = self.trainer.args, self.trainer.accelerator
-        # Only these were tried; elsewhere a router's weight or a rank's tokens may be a part of the whole.
+        kind = accelerator.distributed_type
+        by_engine = kind == DistributedType.DEEPSPEED
+        # Only these were tried; elsewhere a rank's tokens may be a part of the whole.
         found = {
-            str(accelerator.distributed_type): accelerator.distributed_type not in TRIED,
+            str(kind): kind not in TRIED,
+            "FSDP's first version": kind == DistributedType.FSDP and not accelerator.is_fsdp2,
+            "DeepSpeed without ZeRO": by_engine and not accelerator.state.deepspeed_plugin.zero_stage,
             "torch.nn.DataParallel": args.n_gpu > 1,
             "a model on several devices": getattr(self.trainer, "is_model_parallel", False),
             "a `parallelism_config`": getattr(accelerator, "parallelism_config", None) is not None,
@@ -299,4 +324,12 @@ class LoadBalancer(TrainerCallback):
         }
         for name, is_there in found.items():
             if is_there:
-                raise ValueError(f"`balance` works on one device per process, alone or under DDP, got {name}.")
+                raise ValueError(
+                    f"`balance` works on one device per process, alone or under DDP, FSDP2 and ZeRO, got {name}."
+                )
+
+
+def _added(sum_so_far: Linear | None, one: Linear) -> Linear:
+    if sum_so_far is None:
+        return one
+    return sum_so_far[0] + one[0], None if one[1] is None else sum_so_far[1] + one[1]

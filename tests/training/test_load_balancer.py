@@ -184,7 +184,7 @@ def test_refusals(tmp_path):
         trainer(tmp_path, 0.01)
     with pytest.raises(ValueError, match="`router_aux_loss_coef`=0.05"):
         trainer(tmp_path, BalanceConfig(), mixtral(output_router_logits=True, router_aux_loss_coef=0.05))
-    with pytest.raises(ValueError, match="under DDP, got `torch_compile`"):
+    with pytest.raises(ValueError, match="FSDP2 and ZeRO, got `torch_compile`"):
         trainer(tmp_path, BalanceConfig(), torch_compile=True)
     with pytest.raises(ValueError, match="model of type 'llama'"):
         trainer(tmp_path, BalanceConfig(), model_init=lambda: tiny_model("llama", "causal_lm")).train()
