@@ -9,33 +9,19 @@ ranks to draw them. ZeRO needs DeepSpeed; its buckets are set small: communicati
 
 import argparse
 import gc
-import json
-import os
-import socket
-import subprocess
-import sys
 import tempfile
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
+from two_trainings import STRATEGIES, build, found_by_two, report, trainer_of
 
 from sparse_hf import GradualPruningConfig, SparseTrainer, plan_memory
 
 
 LOOKED_AT = 4  # a step whose masks change
-
-
-def build() -> LlamaForCausalLM:
-    """Matrices large enough for the selection to sample."""
-    shape = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4}
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2))
 
 
 def live_bytes() -> int:
@@ -96,80 +82,22 @@ class Look(TrainerCallback):
         return self._add(*arguments, **named)
 
 
-def options_of(strategy: str) -> dict:
-    """Training arguments that set up the strategy on CPUs."""
-    if strategy == "fsdp2":
-        # accelerate offers FSDP to several GPUs only; what follows runs on CPUs as well.
-        AcceleratorState._reset_state(True)
-        PartialState(cpu=True)
-        PartialState._shared_state |= {"distributed_type": DistributedType.MULTI_GPU, "device": torch.device("cpu")}
-        fsdp = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
-        fsdp["cpu_ram_efficient_loading"] = False
-        return {"fsdp": True, "fsdp_config": fsdp, "accelerator_config": {"use_configured_state": True}}
-    if strategy == "ddp":
-        return {}
-    import deepspeed.comm.torch  # noqa: F401
-
-    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # else it compiles for a minute
-    zero = {"stage": int(strategy[-1]), "reduce_bucket_size": 10**5, "allgather_bucket_size": 10**5}
-    if strategy == "zero3":
-        zero |= {"stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
-        zero |= {"stage3_param_persistence_threshold": 10**3}
-    follow = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-    own = {"zero_optimization": zero, "bf16": {"enabled": "auto"}, "zero_force_ds_cpu_optimizer": False}
-    return {"deepspeed": dict.fromkeys(follow, "auto") | own}
-
-
 def train(strategy: str, precision: str) -> None:
-    """One of two processes; the first one prints what it found as JSON."""
-    special = options_of(strategy)
-    generator = torch.Generator().manual_seed(0)
-    draw = [torch.randint(0, 512, (8,), generator=generator) for _ in range(32)]
+    """In one of two processes."""
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            folder, max_steps=6, per_device_train_batch_size=2, use_cpu=True, bf16=precision == "bf16",
-            report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True, **special,
-        )  # fmt: skip
-        rows = [{"input_ids": one, "labels": one} for one in draw]
         sparsity = GradualPruningConfig(sparsity=0.6, end_step=5, every=2)
-        trainer = SparseTrainer(model=build(), args=arguments, train_dataset=rows, sparsity=sparsity)
+        trainer = trainer_of(folder, strategy, build(), sparsity, max_steps=6, bf16=precision == "bf16")
         look = Look(trainer)
         trainer.add_callback(look)
         trainer.train()
-        assert trainer.accelerator.num_processes == 2
-        masks = sum(mask.numel() for mask in trainer.ticket.masks().values())
-    if dist.get_rank() == 0:
-        print("FOUND", json.dumps({**look.found, "prunable": masks}), flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def measure(strategy: str, precision: str) -> dict:
-    """Run two processes and read what the first one found."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, "--rank-of", strategy, precision]
-    both = [
-        subprocess.Popen(
-            command, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
-    told = [one.communicate()[0] for one in both]
-    lines = [line for line in told[0].splitlines() if line.startswith("FOUND ")]
-    if not lines or any(one.returncode for one in both):
-        raise RuntimeError(told[0][-3000:])
-    return json.loads(lines[0].removeprefix("FOUND "))
+    report(look.found)
 
 
 def main() -> None:
     """Print measured and foretold bytes, and their ratios."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--strategies", nargs="+", default=["ddp", "fsdp2", "zero1", "zero2", "zero3"])
-    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=STRATEGIES)
+    parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=("fp32", "bf16"))
     parser.add_argument("--rank-of", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank_of:
@@ -179,7 +107,7 @@ def main() -> None:
     print(f"{'':12}" + 3 * f"{'measured':>13}{'planned':>13}{'ratio':>8}")
     for precision in options.precisions:
         for strategy in options.strategies:
-            found = measure(strategy, precision)
+            found = found_by_two(__file__, "--rank-of", strategy, precision)
             plan = plan_memory(build(), strategy, 2, precision=precision)
             # Python does not see DDP's buckets, which hold the gradients once more.
             held = plan.total - (plan.gradients // 2 if strategy == "ddp" else 0)
