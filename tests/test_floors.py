@@ -26,6 +26,7 @@ FRAMEWORKS = {
     "transformers.Train": TRAINING_AND_UP,  # Trainer, TrainerCallback, TrainingArguments ...
     "transformers.train": TRAINING_AND_UP,  # ... and the modules that define them
     "accelerate": TRAINING_AND_UP,
+    "deepspeed": {"training"},  # where the user trains by it; not installed otherwise
     "peft": {"dsee", "hub"},
     "tqdm": {"training", "moe"},
     "matplotlib": {"cards", "hub"},

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from sparse_hf.algorithms.sharded_tensors import is_sharded, local_part, whole_of
 from sparse_hf.anatomy.canonical_names import unwrap
 from sparse_hf.anatomy.modeling_slim import UnitTable
 from sparse_hf.anatomy.units import Units, find_units
@@ -24,6 +25,7 @@ class UnitCoefficients(nn.Module):
 
     The coefficients are fp32 whatever the model's dtype is: a search moves them by some thousandths, which bf16 cannot
     hold. They are parameters of the model, so that every Trainer strategy trains, reduces, saves and restores them.
+    FSDP2 and DeepSpeed may compute with copies in half precision; what is trained and read here stays fp32.
     """
 
     def __init__(self, units: list[Units], device: torch.device | None = None) -> None:
@@ -33,8 +35,14 @@ class UnitCoefficients(nn.Module):
         self._hooks: list = []
 
     @classmethod
-    def attach(cls, model: nn.Module, table: UnitTable | None = None) -> "UnitCoefficients":
+    def attach(
+        cls, model: nn.Module, table: UnitTable | None = None, units: list[Units] | None = None
+    ) -> "UnitCoefficients":
         """Add coefficients to `model`, in place; until `detach`, its state dict holds them too.
+
+        Args:
+            table: of a family that is not supported.
+            units: where the model's weights are in parts, of which they cannot be read.
 
         Raises:
             ValueError: the model's family has no table of units, or coefficients are attached already.
@@ -42,11 +50,11 @@ class UnitCoefficients(nn.Module):
         inner = unwrap(model)
         if hasattr(inner, ATTRIBUTE):
             raise ValueError("The model has coefficients already. Detach them before a new search.")
-        units = find_units(inner, table)
+        units = units or find_units(inner, table)
         coefficients = cls(units, inner.get_submodule(units[0].output).weight.device)
-        for one, value in zip(units, coefficients.values, strict=True):
-            hook = inner.get_submodule(one.output).register_forward_pre_hook(_multiplier(value, one.width))
-            coefficients._hooks.append(hook)
+        for number, one in enumerate(units):
+            hook = _multiplier(coefficients.values, number, one.width)
+            coefficients._hooks.append(inner.get_submodule(one.output).register_forward_pre_hook(hook))
         setattr(inner, ATTRIBUTE, coefficients)
         return coefficients
 
@@ -58,8 +66,12 @@ class UnitCoefficients(nn.Module):
         delattr(unwrap(model), ATTRIBUTE)
 
     def scores(self, ranking: Ranking = "signed") -> dict[str, Tensor]:
-        """The coefficients by unit key, on the CPU: as they are (the released rule), or their absolute values."""
-        values = {one.key: value.detach().cpu().clone() for one, value in zip(self.units, self.values, strict=True)}
+        """The coefficients by unit key, on the CPU: as they are (the released rule), or their absolute values.
+
+        Whole ones, also where ranks hold parts of them; then all ranks call this together.
+        """
+        pairs = zip(self.units, self.values, strict=True)
+        values = {one.key: whole_of(local_part(value), value).detach().cpu().clone() for one, value in pairs}
         return {key: value.abs() for key, value in values.items()} if ranking == "absolute" else values
 
     @torch.no_grad()
@@ -72,7 +84,8 @@ class UnitCoefficients(nn.Module):
         for one, value in zip(self.units, self.values, strict=True):
             if value.grad is None:
                 raise RuntimeError(f"The coefficients of `{one.key}` got no gradient: the model does not use them.")
-            value.grad.add_(value.sign(), alpha=strength)
+            gradient = value.grad.to_local() if is_sharded(value) else value.grad
+            gradient.add_(local_part(value).sign(), alpha=strength)
 
 
 @torch.no_grad()
@@ -90,10 +103,11 @@ def _spread(value: Tensor, width: int) -> Tensor:
     return value if width == 1 else value.repeat_interleave(width)
 
 
-def _multiplier(value: nn.Parameter, width: int) -> Callable:
+def _multiplier(values: nn.ParameterList, number: int, width: int) -> Callable:
     def multiply(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         scaled = _scale if torch.compiler.is_compiling() else _Scale.apply  # a compiler fuses the passes itself
-        return (scaled(args[0], _spread(value, width)), *args[1:])
+        # Looked up each time, since FSDP2 puts another tensor there.
+        return (scaled(args[0], _spread(values[number], width)), *args[1:])
 
     return multiply
 

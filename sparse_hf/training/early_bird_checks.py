@@ -4,20 +4,26 @@ import copy
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from sparse_hf.anatomy.slim import check_stock_form
 from sparse_hf.anatomy.units import find_units, table_of
 from sparse_hf.tickets.draw_units import draw_units
 from sparse_hf.tickets.early_bird_config import EarlyBirdConfig, steps_of
+from sparse_hf.training.sharding_checks import check_search
 
 
 if TYPE_CHECKING:
     from sparse_hf.training.trainer import SparseTrainer
 
 
-def check_before_early_bird(trainer: "SparseTrainer", config: EarlyBirdConfig) -> None:
+def check_before_early_bird(trainer: "SparseTrainer", config: EarlyBirdConfig, whole: nn.Module) -> None:
     """Everything that can be checked without training.
+
+    Args:
+        whole: the trainer's model, or its shapes where ranks are to hold parts of it.
 
     Raises:
         TypeError: not a `PreTrainedModel`.
@@ -29,8 +35,7 @@ def check_before_early_bird(trainer: "SparseTrainer", config: EarlyBirdConfig) -
         raise TypeError(
             f"Heads and neurons are cut from a `PreTrainedModel`, got {type(model).__name__}. Merge adapters first."
         )
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        raise ValueError("An early-bird search cannot cut sharded parameters yet. Run it without DeepSpeed and FSDP.")
+    _check_sharding(trainer, config)
     if trainer.args.n_gpu > 1:
         raise ValueError(
             f"A search does not work in nn.DataParallel, which the Trainer uses for {trainer.args.n_gpu} GPUs in one "
@@ -40,13 +45,35 @@ def check_before_early_bird(trainer: "SparseTrainer", config: EarlyBirdConfig) -
         raise ValueError("A search goes on from its own checkpoints, got `enable_jit_checkpoint`. Switch it off.")
     _check_parameters(model)
     table = config.unit_table or table_of(model)
-    units = find_units(model, table)
+    units = find_units(whole, table)
     if config.target_speedup is None:
         # Any scores show whether the budget can be met.
         masks = draw_units({one.key: torch.arange(one.count, dtype=torch.float32) for one in units}, config)
         if config.uniform:
-            check_stock_form(model, masks, table)
+            check_stock_form(whole, masks, table)
     _check_moments(trainer, config)
+
+
+def _check_sharding(trainer: "SparseTrainer", config: EarlyBirdConfig) -> None:
+    check_search(trainer, "coefficients")
+    if any(isinstance(parameter, DTensor) for parameter in trainer.model.parameters()):
+        raise ValueError(
+            "A search begins with a model that is not split yet, got DTensors. Leave out `DistributedConfig`, or make "
+            "a new trainer with the whole model."
+        )
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        return
+    if config.target_speedup is not None:
+        raise ValueError(
+            f"`target_speedup` measures a whole model on one device, got {config.target_speedup} with a model that is "
+            "split. Give `heads` and `neurons`, as a search without FSDP and DeepSpeed finds them."
+        )
+    dtypes = {parameter.dtype for parameter in trainer.model.parameters() if parameter.requires_grad}
+    if trainer.is_fsdp_enabled and trainer.accelerator.mixed_precision == "no" and dtypes != {torch.float32}:
+        raise ValueError(
+            f"Coefficients are fp32, and FSDP2 splits weights of one dtype only, got {sorted(map(str, dtypes))}. Load "
+            "the model in fp32, and set `bf16=True`."
+        )
 
 
 def _check_parameters(model: PreTrainedModel) -> None:

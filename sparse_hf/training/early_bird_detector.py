@@ -116,6 +116,12 @@ class EarlyBirdDetector(TrainerCallback):
                 self._config.threshold,
             )
 
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        """Write what was seen into a checkpoint for which the Trainer wrote no model: FSDP's shards."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if args.should_save and not (folder / HISTORY_FILE).is_file():
+            self.save(folder)
+
     def save(self, folder: Path) -> None:
         """Write what was seen so far into a checkpoint."""
         named = {f"{n}.{key}": mask for n, (_, masks) in enumerate(self.checks) for key, mask in masks.items()}

@@ -21,10 +21,11 @@ import torch
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from sparse_hf.anatomy.slim import cut_units
+from sparse_hf.anatomy.units import find_units
 from sparse_hf.storage.checked_json import read_json
 from sparse_hf.storage.durable import write_file, write_json
 from sparse_hf.storage.file_names import DESCRIPTION_FILE
@@ -38,12 +39,21 @@ from sparse_hf.tickets.structured_ticket import StructuredTicket
 from sparse_hf.training.checkpoints import last_complete_checkpoint
 from sparse_hf.training.early_bird_checks import check_before_early_bird
 from sparse_hf.training.early_bird_detector import HISTORY_FILE, EarlyBirdDetector
+from sparse_hf.training.early_bird_shards import (
+    add_l1_gradient,
+    built_whole,
+    fill_from,
+    forget_engine,
+    gathered_where_used,
+    without_weights,
+)
 from sparse_hf.training.for_one_training import (
     train_anew,
     with_callback,
     without_early_stopping,
     without_model_init,
 )
+from sparse_hf.training.forget_training import forget_training
 from sparse_hf.training.search_checks import check_optimizers, check_resume
 from sparse_hf.training.search_journal import SearchJournal, begin_search, open_journal
 from sparse_hf.training.snapshot import restore_snapshot
@@ -76,6 +86,7 @@ class EarlyBirdSearch:
         self._ticket: StructuredTicket | None = None
         self._pristine: dict[str, dict] = {}
         self._cut_already = False
+        self._empty: PreTrainedModel | None = None  # the whole model without weights, where ranks hold parts of it
 
     @property
     def ticket(self) -> StructuredTicket:
@@ -119,14 +130,17 @@ class EarlyBirdSearch:
         """
         trainer = self.trainer
         check_resume(trainer, resume)
-        if self._cut_already:
+        if self._cut_already or self._empty is not None:
+            state = f"cut already ({type(trainer.model).__name__})" if self._cut_already else "split already"
             raise ValueError(
-                "A search begins with a whole model, but this trainer's is cut already "
-                f"({type(trainer.model).__name__}). Make a new trainer "
+                f"A search begins with a whole model, but this trainer's is {state}. Make a new trainer "
                 "with the whole model, to resume the search or for another `output_dir`."
             )
         self._folder = Path(trainer.args.output_dir)
-        check_before_early_bird(trainer, self.config)
+        is_split = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        empty = without_weights(trainer.model) if is_split else None
+        with built_whole(trainer):
+            check_before_early_bird(trainer, self.config, trainer.model if empty is None else empty)
         journal = open_journal(self._folder, config_to_dict(self.config), bool(resume))
         self._pristine = callback_states(trainer) | self._pristine
         begin_search(trainer, journal, self._start)
@@ -138,6 +152,7 @@ class EarlyBirdSearch:
             unit="stage",
             disable=trainer.args.disable_tqdm or not trainer.is_world_process_zero(),
         )
+        self._empty = empty
         searched, trained = StepTimer(), StepTimer()
         output = TrainOutput(0, 0.0, {})
         with bar, without_model_init(trainer), self._no_stage_afterwards():
@@ -168,13 +183,13 @@ class EarlyBirdSearch:
         optimizer.add_param_group({"params": values, "weight_decay": 0.0} | ({} if rate is None else {"lr": rate}))
         coefficients, strength = self._coefficients, self.config.l1
 
-        def add_l1_gradient(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        def add_penalty(optimizer: torch.optim.Optimizer, *_: object) -> None:
             # Under a gradient scaler, a fused optimizer divides unclipped gradients by `grad_scale` itself.
             scale = getattr(optimizer, "grad_scale", None)
-            coefficients.add_l1_gradient(strength if scale is None else strength * float(scale))
+            add_l1_gradient(coefficients, strength if scale is None else strength * float(scale), optimizer)
 
         if strength:
-            optimizer.register_step_pre_hook(add_l1_gradient)
+            optimizer.register_step_pre_hook(add_penalty)
 
     def _search(self, timer: StepTimer) -> TrainOutput:
         """Stage 1: train everything, with coefficients, until the mask is to be drawn."""
@@ -182,14 +197,16 @@ class EarlyBirdSearch:
         restore_snapshot(trainer.model, self._start)
         latency = self._latency() if config.target_speedup is not None else None
         epoch = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[1]
-        self._coefficients = UnitCoefficients.attach(trainer.model, config.unit_table)
+        units = None if self._empty is None else find_units(self._empty, config.unit_table)
+        self._coefficients = UnitCoefficients.attach(trainer.model, config.unit_table, units)
         self._detector = EarlyBirdDetector(self._coefficients, config, epoch, latency)
         checkpoint = last_complete_checkpoint(self._folder / "search", needed=HISTORY_FILE)
         if checkpoint is not None:
             self._detector.restore(checkpoint)
         self.stage = 1
         try:
-            with self._timed("search"), with_callback(trainer, self._detector), without_early_stopping(trainer):
+            gathered, quiet = gathered_where_used(trainer.model, self._coefficients), without_early_stopping(trainer)
+            with self._timed("search"), with_callback(trainer, self._detector), quiet, gathered:
                 output = self._train_once(self._search_arguments(), checkpoint, timer)
         finally:
             self._coefficients.detach(trainer.model)
@@ -233,8 +250,9 @@ class EarlyBirdSearch:
                 self.trainer.model, method="early_bird", config=config_to_dict(self.config), metrics=facts
             )
             self._ticket = StructuredTicket(detector.masks, origin)
+            scores = self._coefficients.scores()
+            forget_engine(self._coefficients)
             if self.trainer.args.should_save:
-                scores = self._coefficients.scores()
                 write_file(self._folder / "coefficients.safetensors", lambda partial: save_file(scores, partial))
                 self._ticket.save_pretrained(self._folder / "ticket")
         seconds = {name: self.seconds[name] for name in ("latency", "search", "draw")}
@@ -253,15 +271,22 @@ class EarlyBirdSearch:
         """Go back to the start and put the smaller model in the place of the whole one."""
         trainer, config = self.trainer, self.config
         with self._timed("draw"):
-            restore_snapshot(trainer.model, self._start)
             units = self.ticket.units
-            smaller = cut_units(trainer.model, units, config.unit_table, config.uniform)
+            with built_whole(trainer):
+                smaller = cut_units(self._model_at_start(), units, config.unit_table, config.uniform)
             if config.coefficients == "fold":
                 values = load_file(self._folder / "coefficients.safetensors")
                 kept = {key: values[key][mask] for key, mask in units.items()}
                 fold_coefficients(smaller, kept, config.unit_table)
+            forget_training(trainer)  # which knows the model that it was of
             trainer.replace_model(smaller)
             self._cut_already = True
+
+    def _model_at_start(self) -> PreTrainedModel:
+        if self._empty is not None:
+            return fill_from(self._empty, self._start)
+        restore_snapshot(self.trainer.model, self._start)
+        return self.trainer.model
 
     def _train(self, journal: SearchJournal, timer: StepTimer) -> TrainOutput:
         """Stage 3: train the smaller model with the user's arguments."""

@@ -18,6 +18,9 @@ from training.tiny_early_bird import bird_trainer, early_bird, fake_latency, who
 from training.tiny_training import Crash, CrashAt, assert_same, tensors, tiny_trainer
 
 
+SPEEDUP = {"heads": None, "neurons": None, "target_speedup": 2.0}
+
+
 def refused(folder, match, error=ValueError, model=None, **config_changes):
     assert_refused(bird_trainer(folder, early_bird(**config_changes), model), error, match)
     assert not list(folder.iterdir())
@@ -84,11 +87,21 @@ def test_a_draw_that_just_comes(tmp_path, changes):
     assert trainer.search.drawn_at <= 6
 
 
-@pytest.mark.parametrize("name", ["is_deepspeed_enabled", "is_fsdp_enabled"])
-def test_sharded_parameters(tmp_path, name):
-    trainer = bird_trainer(tmp_path)
+@pytest.mark.parametrize(
+    ("name", "plugin", "changes", "match"),
+    [
+        ("is_fsdp_enabled", {"fsdp_version": 1}, {}, "shards of FSDP2, got version 1"),
+        ("is_fsdp_enabled", {"fsdp_version": 2}, SPEEDUP, "`target_speedup` measures a whole model on one device"),
+        ("is_deepspeed_enabled", {"zero_stage": 0}, {}, "ZeRO-1, ZeRO-2 and ZeRO-3 step, got stage 0"),
+        ("is_fsdp_enabled", {"fsdp_version": 2}, {}, r"FSDP2 splits weights of one dtype only, got \['torch.bfloat16"),
+    ],
+)
+def test_shards_that_cannot_be_searched(tmp_path, name, plugin, changes, match):
+    trainer = bird_trainer(tmp_path, early_bird(**changes), whole_bert().bfloat16())
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(**plugin), deepspeed_plugin=SimpleNamespace(**plugin))
+    trainer.accelerator = SimpleNamespace(state=state, mixed_precision="no")
     setattr(trainer, name, True)
-    assert_refused(trainer, ValueError, "cannot cut sharded parameters yet. Run it without DeepSpeed and FSDP")
+    assert_refused(trainer, ValueError, match)
 
 
 def test_what_only_one_training_takes(tmp_path):
