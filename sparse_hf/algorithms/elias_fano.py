@@ -45,7 +45,8 @@ def compress_elias_fano(elements: np.ndarray, count: int) -> tuple[np.ndarray, n
     values = np.empty(count, elements.dtype)
     low = np.empty(count, np.uint8)
     unary = np.zeros(_unary_bits(len(elements), count, width), np.uint8)
-    target, ones = for_scatter(unary), torch.ones(BLOCK, dtype=torch.uint8)
+    target = for_scatter(unary)
+    ones = torch.ones(BLOCK, dtype=torch.uint8, device=target.device)  # whatever the default device is
     ramp = _ramp(BLOCK)
     done = 0
     for start, indices in kept_indices(elements, values):

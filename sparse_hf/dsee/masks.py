@@ -12,6 +12,7 @@ from sparse_hf.algorithms.shard_layout import ShardLayout
 from sparse_hf.algorithms.sharded_tensors import sum_over_ranks
 from sparse_hf.dsee.layer import DseeLayer
 from sparse_hf.dsee.masking_config import Score
+from sparse_hf.dsee.product import dense_update
 from sparse_hf.dsee.weight_parts import is_split, run_of, whole_from_run
 
 
@@ -127,7 +128,8 @@ def _weights(layer: DseeLayer) -> Tensor:
 def _score(layer: DseeLayer, adapter_name: str, score: Score) -> Tensor:
     if score == "weight":
         return _weights(layer)
-    update = layer.get_delta_weight(adapter_name).float()  # whole, one matrix at a time
+    # Whole, one matrix at a time; in bf16 ZeRO's masters, which a resumed run has too, and which tie less often.
+    update = dense_update(layer, adapter_name, stepped=True).float()
     run = run_of(layer.weight)
     update = update if run is None else run.of(update).clone()
     return update if score == "update" else update.abs() + _weights(layer).abs()

@@ -31,17 +31,22 @@ def adapted_product(layer: "DseeLayer", x: Tensor, names: list[str]) -> Tensor:
     return result
 
 
-def dense_update(layer: "DseeLayer", name: str) -> Tensor:
+def dense_update(layer: "DseeLayer", name: str, *, stepped: bool = False) -> Tensor:
     """scaling (U V + S2) as one matrix in the weight's layout, in the adapter's dtype.
 
     Where U, V and S2 are split, all ranks ask together.
+
+    Args:
+        stepped: of what the optimizer steps, as `whole_copy` has it.
     """
     update = torch.zeros(layer.weight_shape, device=layer.weight.device)
     if name in layer.sparse_hf_dsee_U:
-        product = whole_copy(layer.sparse_hf_dsee_U[name]) @ whole_copy(layer.sparse_hf_dsee_V[name])
+        left, right = layer.sparse_hf_dsee_U[name], layer.sparse_hf_dsee_V[name]
+        product = whole_copy(left, stepped=stepped) @ whole_copy(right, stepped=stepped)
         update = product.t().contiguous() if layer.input_first else product
     if name in layer.sparse_hf_dsee_values:
-        values, indices = whole_copy(layer.sparse_hf_dsee_values[name]), layer.sparse_hf_dsee_indices[name]
+        values, indices = layer.sparse_hf_dsee_values[name], layer.sparse_hf_dsee_indices[name]
+        values = whole_copy(values, stepped=stepped)
         update = update.flatten().index_add(0, indices, values.to(update.dtype)).view(layer.weight_shape)
     return update * layer.sparse_hf_dsee_scaling[name]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from sparse_hf.algorithms.sharded_tensors import first_row, local_part, whole_of
+from sparse_hf.algorithms.sharded_tensors import first_row, is_sharded, local_part, whole_of
 from sparse_hf.algorithms.zero_partitions import partition_of, whole_shape
 
 
@@ -56,9 +56,14 @@ def whole_from_run(values: Tensor, like: Tensor) -> Tensor:
     return whole_of(part, like)
 
 
-def whole_copy(tensor: Tensor) -> Tensor:
-    """The tensor itself, or a whole copy where it is split; all ranks call it together."""
-    return whole_of(local_part(tensor), tensor) if is_split(tensor) else tensor
+def whole_copy(tensor: Tensor, *, stepped: bool = False) -> Tensor:
+    """The tensor itself, or a whole copy where it is split; all ranks call it together.
+
+    Args:
+        stepped: under ZeRO-1 and 2 a copy too, of the fp32 masters and not of what the model computes with.
+    """
+    is_apart = is_sharded(tensor) if stepped else is_split(tensor)
+    return whole_of(local_part(tensor), tensor) if is_apart else tensor
 
 
 def bring_together_again(weight: Tensor) -> None:

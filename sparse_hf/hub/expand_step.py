@@ -11,30 +11,7 @@ from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter, build_glob_alternation
 
 from sparse_hf.storage.compressed_tensor import LONGEST_HEAD, StoredForm, expand_tensor, read_form
-
-
-# safetensors' names -> torch's.
-DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "F8_E8M0": torch.float8_e8m0fnu,
-}
+from sparse_hf.storage.torch_dtypes import TORCH_DTYPES
 
 
 class Expanded(NamedTuple):
@@ -106,7 +83,7 @@ class Expand(ConversionOps):
             self.error = self.error or error
             form = read_form(stored[:LONGEST_HEAD].tobytes(), len(stored))
             shape = form.shape if form.size <= self._most_elements else (0,)
-            return torch.zeros(shape, dtype=DTYPES[form.dtype], device=tensor.device)
+            return torch.zeros(shape, dtype=TORCH_DTYPES[form.dtype], device=tensor.device)
         return _as_tensor(data, form).to(tensor.device)
 
 
@@ -144,7 +121,7 @@ class ExpandAhead(WeightConverter):
 
 
 def _as_tensor(data: np.ndarray, form: StoredForm) -> Tensor:
-    return torch.from_numpy(data).view(DTYPES[form.dtype]).reshape(form.shape)
+    return torch.from_numpy(data).view(TORCH_DTYPES[form.dtype]).reshape(form.shape)
 
 
 def is_stored_tensor(tensor: Tensor) -> bool:

@@ -79,12 +79,10 @@ class DseeTwoStages:
         Raises:
             ValueError, FileExistsError: the run cannot be right; nothing was trained or written.
         """
-        from sparse_hf.dsee.masks import mask_by_update  # here, since it needs PEFT
-
         trainer, config = self.trainer, self.config
         check_resume(trainer, resume)
-        check_search(trainer, self.config.score)
-        adapter = dsee_adapter(trainer.model)
+        check_search(trainer, config.score)
+        dsee_adapter(trainer.model)  # is there
         folder = Path(trainer.args.output_dir)
         journal = open_journal(folder, {"method": "dsee_two_stages", **vars(config)}, bool(resume))
         self._pristine = callback_states(trainer) | self._pristine
@@ -106,7 +104,7 @@ class DseeTwoStages:
                     trainer.accelerator.wait_for_everyone()
                 self.stage = 2
                 self._restore(after_first, trained)
-                mask_by_update(trainer.model, adapter, config.sparsity, config.score)
+                self._mask()
                 output = self._train(trainer.args, after_first, trained)
         finally:
             self.stage = 0
@@ -114,6 +112,12 @@ class DseeTwoStages:
         if trainer.args.should_save:
             journal.save()
         return output
+
+    def _mask(self) -> None:
+        from sparse_hf.dsee.masks import mask_by_update  # here, since it needs PEFT
+
+        model = self.trainer.model
+        mask_by_update(model, dsee_adapter(model), self.config.sparsity, self.config.score)
 
     def _restore(self, snapshot: Path, trained: set[str]) -> None:
         model = self.trainer.model
@@ -129,6 +133,8 @@ class DseeTwoStages:
         def begin() -> None:
             if checkpoint is None:
                 self._restore(snapshot, trained)
+                if self.stage == 2:
+                    self._mask()  # in bf16 W0 may have been rounded just now, or before the first stage
 
         # ZeRO's new masters come from what the model computes with, which may be rounded.
         begins = first_at_train_begin(trainer, begin) if trainer.is_deepspeed_enabled else nullcontext()

@@ -86,7 +86,7 @@ class MaskKeeper:
         self.set_masks(masks)
 
     def set_masks(self, masks: Mapping[str, Tensor]) -> None:
-        """Replace the masks; weights, gradients and moments of pruned positions become zero at once."""
+        """Replace the masks, all of them; weights, gradients and moments of pruned positions become zero at once."""
         for name, mask in masks.items():  # one by one, so that old and new bits are never all there together
             self._bits[name] = sign_extended(mask.to(self._stepped[name].weights.device))
         self._sparsity = 1 - self._total_kept(masks) / sum(math.prod(shape) for shape in self.shapes.values())

@@ -133,7 +133,7 @@ def _held(parameters: Mapping[str, nn.Parameter], strategy: Strategy, processes:
     if strategy == "ddp":
         return _numel(parameters)
     if strategy == "fsdp2":  # whole rows
-        shapes = [parameter.shape for parameter in parameters.values()]
+        shapes = [parameter.shape or (1,) for parameter in parameters.values()]  # a scalar, as CLIP has one, is a row
         return sum(-(-shape[0] // processes) * math.prod(shape[1:]) for shape in shapes)
     if strategy == "zero3":  # a run of each
         return sum(-(-parameter.numel() // processes) for parameter in parameters.values())

@@ -18,14 +18,10 @@ from sparse_hf.algorithms.sharded_tensors import first_row, is_sharded, local_pa
 from sparse_hf.algorithms.zero_partitions import is_partitioned, partition_of, whole_shape
 from sparse_hf.storage.durable import write_file
 from sparse_hf.storage.safetensors_output import SafetensorsOutput
+from sparse_hf.storage.torch_dtypes import TORCH_DTYPES
 
 
-DTYPES = {
-    **{torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"},
-    **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8"},
-    **{torch.uint8: "U8", torch.bool: "BOOL"},
-    **{torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"},
-}
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 def everything(name: str) -> bool:
@@ -65,7 +61,7 @@ def _write(path: Path, state: dict[str, Tensor]) -> None:
         for name, tensor in state.items():
             whole = whole_of(local_part(tensor), tensor).cpu().contiguous()
             part = whole.view(-1).view(torch.uint8).numpy()
-            output.append(name, DTYPES[whole.dtype], tuple(whole.shape), [part] if part.size else [])
+            output.append(name, DTYPE_NAMES[whole.dtype], tuple(whole.shape), [part] if part.size else [])
         output.finish()
 
 

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -40,6 +41,15 @@ def test_elias_fano_by_hand():
     assert low_bits(16, 3) == 2
     assert values.tolist() == [4, 5, 6]
     assert code.tolist() == [0b101, 0b001, 0b011001]
+
+
+def test_the_default_device_does_not_matter():
+    elements = np.zeros(100, "u2")
+    elements[::25] = 7
+    with torch.device("meta"):
+        values, code = compress_elias_fano(elements, 4)
+        expand_elias_fano(values, code, out := np.zeros_like(elements))
+    assert (out == elements).all()
 
 
 def test_two_of_four_by_hand():

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
@@ -93,6 +94,23 @@ def found_after(name: str, training: Trainer, resume: bool = False) -> dict[str,
     return found
 
 
+def stop_between_stages(root: Path, strategy: str) -> None:
+    """Stopped before the second stage has a checkpoint; in bf16, for which DeepSpeed rounds W0 and keeps masters."""
+    found = {}
+    for name in ("whole", "stopped"):
+        options = {"sparsity": DseeTwoStageConfig(0.5), "bf16": True, **SAVING}
+        if name == "stopped":
+            killed = dsee_trainer(root / name, strategy, **options)
+            killed.add_callback(CrashAt(1, 2))
+            with pytest.raises(Crash):
+                killed.train()
+            dist.barrier()
+        found |= found_after(name, dsee_trainer(root / name, strategy, **options), resume=name == "stopped")
+    for name, one in found.items():
+        if name.startswith("whole/"):
+            assert torch.equal(one, found[name.replace("whole/", "stopped/", 1)]), name
+
+
 def run_one_process(folder: str) -> None:
     """Every case under one strategy; what they came to is written for the test."""
     root, strategy, found = Path(folder), os.environ["STRATEGY"], {}
@@ -117,6 +135,8 @@ def run_one_process(folder: str) -> None:
         dist.barrier()
         again = dsee_trainer(folder, strategy, model, state, **SAVING | options())
         found |= found_after(folder.name, again, resume=True)
+    if strategy == "zero-2":
+        stop_between_stages(root, strategy)
     if strategy == "zero-3":
         training = dsee_trainer(root / "loaded", strategy, loaded)
         assert all(map(is_partitioned, training.model.get_base_model().bert.embeddings.parameters()))

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparse_hf import find_sites, plan_memory
@@ -77,6 +78,15 @@ def test_what_is_excluded_has_no_mask(model):
 def test_more_ranks_never_hold_more(model, strategy):
     totals = [plan_memory(model, strategy, processes).total for processes in (1, 2, 3, 8, 64)]
     assert totals == sorted(totals, reverse=True)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_scalar_counts_as_one_weight(model, strategy):
+    """As CLIP's scale of logits is one."""
+    with_scalar = nn.Module()
+    with_scalar.model, with_scalar.scale = model, nn.Parameter(torch.tensor(1.0))
+    plain, one_more = plan_memory(model, strategy, 1), plan_memory(with_scalar, strategy, 1)
+    assert one_more.optimizer - plain.optimizer == plain.optimizer // WEIGHTS
 
 
 def test_bad_input(model):

@@ -5,6 +5,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from sparse_hf.storage.torch_dtypes import TORCH_DTYPES
 from sparse_hf.training.snapshot import _run, restore_snapshot, save_snapshot
 from tiny_models import tiny_model
 from training.tiny_training import assert_same, same, tensors, tiny_classifier
@@ -42,6 +43,17 @@ def test_odd_bits_buffers_and_tied_weights_come_back(tmp_path):
     assert model[2].weight is model[0].weight
     assert model[1].running_mean.tolist() == [7.0] * 4
     assert model[1].num_batches_tracked == 3
+
+
+@pytest.mark.parametrize("dtype", TORCH_DTYPES.values(), ids=TORCH_DTYPES)
+def test_buffers_of_every_dtype_come_back(tmp_path, dtype):
+    model = nn.Module()
+    model.register_buffer("numbers", torch.tensor([0, 1, 0, 1]).to(dtype))
+    bits = model.numbers.view(torch.uint8).clone()
+    save_snapshot(model, tmp_path / "start.safetensors")
+    model.numbers.view(torch.uint8).zero_()
+    restore_snapshot(model, tmp_path / "start.safetensors")
+    assert torch.equal(model.numbers.view(torch.uint8), bits)
 
 
 def test_only_what_is_wanted_is_saved_and_restored(tmp_path):
