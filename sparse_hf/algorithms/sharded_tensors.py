@@ -1,8 +1,8 @@
 """What of a sharded tensor does this rank hold, and how do all ranks come to one number or one whole?
 
-Sharded means a DTensor whose first axis is spread over the ranks of one group, as FSDP2 leaves parameters, gradients
-and moments, or a parameter that DeepSpeed ZeRO has cut into flat runs. For a plain tensor everything here is the
-tensor itself, and nothing is communicated.
+Sharded means a DTensor whose first axis is spread over ranks, as FSDP2 leaves parameters, gradients and moments and
+Transformers' expert parallelism those of experts, or a parameter that DeepSpeed ZeRO has cut into flat runs. For a
+plain tensor everything here is the tensor itself, and nothing is communicated.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from sparse_hf.algorithms.zero_partitions import group_of, is_partitioned, partition_of, whole_shape
 
@@ -41,11 +42,36 @@ def local_part(tensor: Tensor) -> Tensor:
 
 def first_row(tensor: Tensor) -> int:
     """The index along the first axis of the whole at which this rank's part of a DTensor or plain tensor begins."""
-    if not is_sharded(tensor):
-        return 0
-    # DTensor cuts as torch.chunk does: every rank but the last ones holds the rounded-up share.
-    share = -(-tensor.shape[0] // tensor.device_mesh.size())
-    return min(share * tensor.device_mesh.get_local_rank(), tensor.shape[0])
+    return _rows(tensor).start if is_sharded(tensor) else 0
+
+
+def _rows(tensor: DTensor) -> slice:
+    """What this rank holds of the first axis."""
+    mesh, start, count = tensor.device_mesh, 0, tensor.shape[0]
+    for axis in _cutting_axes(tensor):
+        # DTensor cuts as torch.chunk does: every rank but the last ones holds the rounded-up share.
+        share = -(-count // mesh.size(axis))
+        skipped = min(share * mesh.get_local_rank(axis), count)
+        start, count = start + skipped, min(share, count - skipped)
+    return slice(start, start + count)
+
+
+def _cutting_axes(tensor: DTensor) -> tuple[int, ...]:
+    """The axes of the mesh, in the order in which they cut the first axis of the tensor.
+
+    Raises:
+        ValueError: it is spread otherwise.
+    """
+    mesh, placements = tensor.device_mesh, tuple(tensor.placements)
+    if placements == (Shard(0),):
+        return (0,)
+    # FSDP2 splits the experts of one rank once more, among those that hold the same ones.
+    if mesh.ndim == 2 and placements == (_StridedShard(0, split_factor=mesh.size(1)), Shard(0)):
+        return (1, 0)
+    raise ValueError(
+        "Sharded weights must be split along their first axis, as plain FSDP2 and Transformers' expert parallelism "
+        f"do, got {placements} on {mesh}. Leave out tensor parallelism and HSDP."
+    )
 
 
 def part_of(whole: Tensor, like: Tensor) -> Tensor:
@@ -58,8 +84,7 @@ def part_of(whole: Tensor, like: Tensor) -> Tensor:
         return whole.reshape(-1)[run.start : run.start + run.weights.numel()].to(run.weights.device, copy=True)
     if not is_sharded(like):
         return whole.to(like.device)
-    spread = distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-    return spread.to_local().clone()
+    return whole[_rows(like)].to(like.device, copy=True)
 
 
 @torch.no_grad()
@@ -97,8 +122,8 @@ def sum_over_ranks(tensors: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
     """A function that adds up an int64 CPU tensor over the ranks which together hold each of `tensors` once.
 
     Raises:
-        ValueError: they are spread in other ways than along the first axis over one and the same group of ranks, or by
-            ZeRO over all ranks.
+        ValueError: they are spread in other ways than along the first axis, over one and the same group of ranks or
+            each over all ranks, or by ZeRO over all ranks.
     """
     tensors = list(tensors)
     sharded = [tensor for tensor in tensors if is_sharded(tensor)]
@@ -108,8 +133,7 @@ def sum_over_ranks(tensors: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
         group = _zero_group(tensors)
         device = _sending_device(group)
     else:
-        mesh = _one_mesh(sharded)
-        group, device = mesh.get_group(), mesh.device_type
+        group, device = _group_of_meshes(sharded), sharded[0].device_mesh.device_type
 
     def add(counts: Tensor) -> Tensor:
         moved = counts.to(device, copy=True)
@@ -119,15 +143,19 @@ def sum_over_ranks(tensors: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
     return add
 
 
-def _one_mesh(sharded: list[Tensor]) -> dist.DeviceMesh:
-    mesh = sharded[0].device_mesh
+def _group_of_meshes(sharded: list[DTensor]) -> dist.ProcessGroup:
     for tensor in sharded:
-        if tensor.device_mesh != mesh or mesh.ndim != 1 or tuple(tensor.placements) != (Shard(0),):
+        _cutting_axes(tensor)  # is known
+    meshes = [tensor.device_mesh for tensor in sharded]
+    if meshes[0].ndim == 1 and all(mesh == meshes[0] for mesh in meshes):
+        return meshes[0].get_group()
+    for mesh in meshes:
+        if mesh.size() != dist.get_world_size():
             raise ValueError(
-                "Sharded weights must be split along their first axis over one group of ranks, as plain FSDP2 does, "
-                f"got {tensor.placements} on {tensor.device_mesh}. Leave out tensor parallelism and HSDP."
+                f"Weights on different meshes must each be split over all {dist.get_world_size()} ranks, got {mesh}. "
+                "Leave out pipeline parallelism and HSDP."
             )
-    return mesh
+    return dist.group.WORLD
 
 
 def _zero_group(tensors: list[Tensor]) -> dist.ProcessGroup:

@@ -92,7 +92,8 @@ def pieces_of(sites: Sequence[Site], parameters: Mapping[str, Tensor]) -> SitePi
     """The pieces of `sites` in `parameters`, which map canonical names to tensors, sharded or not.
 
     Raises:
-        ValueError: a parameter is sharded in a way that is not known, or shaped otherwise than its site says.
+        ValueError: a parameter is sharded in a way that is not known, or whole beside sharded ones, or shaped
+            otherwise than its site says.
     """
     found = []
     for position, site in enumerate(sites):
@@ -103,6 +104,12 @@ def pieces_of(sites: Sequence[Site], parameters: Mapping[str, Tensor]) -> SitePi
         if piece is not None:
             found.append(piece)
     stored = {site.parameter: parameters[site.parameter] for site in sites}
+    whole = [name for name, parameter in stored.items() if not is_sharded(parameter)]
+    if 0 < len(whole) < len(stored):  # its weights would be counted once per rank
+        raise ValueError(
+            f"Either all of the weights to choose from are sharded or none is, got `{whole[0]}` whole beside sharded "
+            "ones. Load the model with `fsdp_size`, or exclude it."
+        )
     layout = ShardLayout(
         numels=tuple(math.prod(site.shape) for site in sites),
         tensors=tuple(piece.position for piece in found),

@@ -29,7 +29,7 @@ from sparse_hf.tickets.origin import TicketOrigin, origin_of
 from sparse_hf.tickets.ticket import DESCRIPTION_FILE, Ticket
 from sparse_hf.training.first_masks import draw_at, masks_of_ticket, parts_of, static_masks
 from sparse_hf.training.mask_keeper import MaskKeeper
-from sparse_hf.training.sharding_checks import check_score
+from sparse_hf.training.sharding_checks import check_best_model, check_score
 
 
 logger = logging.getLogger(__name__)
@@ -104,6 +104,7 @@ class SparsityCallback(TrainerCallback):
         self._saved_in = None
         self._check_schedule(state)
         check_score(self.sparsity, model)
+        check_best_model(args, model)
         self._origin = self._describe(model)
         if state.global_step > 0:
             masks = self._masks_of_checkpoint(args, state, model)

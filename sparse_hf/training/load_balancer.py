@@ -90,10 +90,7 @@ class LoadBalancer(TrainerCallback):
         """Raise ValueError if the loss would train nothing, is not defined for this model, or cannot be right."""
         by_fsdp = self.trainer.accelerator.distributed_type == DistributedType.FSDP
         if not by_fsdp and any(isinstance(one, DTensor) for one in model.parameters()):
-            raise ValueError(
-                "`balance` works with models that accelerate shards by FSDP2, got one that was sharded when it was "
-                "loaded (`DistributedConfig`). Load it whole."
-            )
+            self._check_loading(model)
         if self.config.z and reader.scores == "sigmoid":
             raise ValueError(
                 f"The z-loss is of a softmax's logits, got `z`={self.config.z} for {reader.model_type}, which chooses "
@@ -109,6 +106,17 @@ class LoadBalancer(TrainerCallback):
             raise ValueError(
                 "A balance loss must have routers to train, but all are frozen. Unfreeze them, set the coefficients "
                 'to 0 to measure only, or use `BalanceConfig(gradient="network")`.'
+            )
+
+    def _check_loading(self, model: nn.Module) -> None:
+        """Every rank must train rows of its own, and gradients be their mean over all ranks."""
+        by_transformers = getattr(model, "is_distributed_loading_by_transformers", False)
+        size = model.config.distributed_config.fsdp_size if by_transformers else None
+        if size != self.trainer.accelerator.num_processes:
+            raise ValueError(
+                "`balance` works with models that were sharded when they were loaded only by `DistributedConfig` with "
+                f"`fsdp_size` equal to the processes, {self.trainer.accelerator.num_processes}, got {size}. Set it, "
+                "with any `ep_size`, or load the model whole."
             )
 
     def on_train_begin(

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from torch import nn
+from transformers import TrainingArguments
 
 from sparse_hf.algorithms.sharded_tensors import is_sharded
 from sparse_hf.algorithms.zero_partitions import is_partitioned
@@ -24,6 +25,16 @@ def check_score(sparsity: StaticSparsityConfig | GradualPruningConfig | Ticket, 
     """Raise ValueError if masks are to be drawn by gradients that ZeRO has consumed or never makes whole."""
     if getattr(sparsity, "score", None) == "gradient" and any(map(is_partitioned, model.parameters())):
         raise ValueError(GRADIENTS_ARE_GONE)
+
+
+def check_best_model(args: TrainingArguments, model: nn.Module) -> None:
+    """Raise ValueError if the best checkpoint is to be loaded at the end into what `from_pretrained` has sharded."""
+    if args.load_best_model_at_end and getattr(model, "is_distributed_loading_by_transformers", False):
+        raise ValueError(
+            "`load_best_model_at_end` must be False for a model that was sharded when it was loaded "
+            "(`DistributedConfig`), which checkpoints cannot be loaded into again. Leave it out, and load the best "
+            "checkpoint by `from_pretrained`."
+        )
 
 
 def check_search(trainer: "SparseTrainer", score: str) -> None:
