@@ -1,4 +1,4 @@
-# make demo | test | test-oldest | check | style | clean       ARGS="..." is passed on to demo, test and test-oldest
+# make demo | test | test-zero | test-oldest | check | style | clean    ARGS="..." is passed on to demo and tests
 PYTHON ?= python3
 ARGS ?=
 
@@ -8,15 +8,20 @@ CORE := not slow and not trl
 # One process per core, up to four (each holds torch and Transformers), of one thread each: the models are tiny. Tests of
 # a file share what it builds, so files are not split.
 PYTEST := -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
-test test-oldest: export OMP_NUM_THREADS = 1
+test test-zero test-oldest: export OMP_NUM_THREADS = 1
 
-.PHONY: demo test test-oldest check style clean
+.PHONY: demo test test-zero test-oldest check style clean
 
 demo: .venv/.installed
 	.venv/bin/python recipes/demo.py $(ARGS)
 
 test: .venv/.installed
 	.venv/bin/python $(PYTEST) $(ARGS)
+
+# What `make test` skips as long as DeepSpeed is not there.
+test-zero: .venv/.installed
+	.venv/bin/python -m pip install --quiet "torch==2.13.0" -e ".[deepspeed]"
+	.venv/bin/python $(PYTEST) $$(grep -rl deepspeed tests/training/test_*.py) $(ARGS)
 
 test-oldest: .venv-oldest/.installed
 	.venv-oldest/bin/python $(PYTEST) -m "$(CORE)" $(ARGS)

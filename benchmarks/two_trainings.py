@@ -1,10 +1,12 @@
 """What benchmarks of many processes share: two gloo processes on CPUs that train a small Llama under a strategy."""
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 
 import torch
 import torch.distributed as dist
@@ -88,15 +90,19 @@ def found_by_two(script: str, *words: str) -> dict:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    both = [
-        subprocess.Popen(
-            [sys.executable, script, *words], env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **pipes
-        )
-        for rank in (0, 1)
-    ]
-    told = [one.communicate()[0] for one in both]
+    told, both = [], []
+    with contextlib.ExitStack() as files:
+        for rank in (0, 1):
+            # Files, since a pipe that nobody reads yet would stop its process, and the other with it.
+            told.append(files.enter_context(tempfile.TemporaryFile("w+")))
+            environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            command = [sys.executable, script, *words]
+            both.append(subprocess.Popen(command, env=environment, stdout=told[-1], stderr=subprocess.STDOUT))
+        codes = [one.wait() for one in both]
+        for one in told:
+            one.seek(0)
+        told = [one.read() for one in told]
     lines = [line for line in told[0].splitlines() if line.startswith("FOUND ")]
-    if not lines or any(one.returncode for one in both):
-        raise RuntimeError(told[0][-3000:])
+    if not lines or any(codes):
+        raise RuntimeError(told[codes[0] == 0][-3000:])
     return json.loads(lines[0].removeprefix("FOUND "))

@@ -4,6 +4,7 @@ import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.box import SIMPLE
 from rich.table import Table
 
 from sparse_hf.cli.messages import console
@@ -42,22 +43,25 @@ def plan_training(
         return
     console.print(_table(plans))
     console.print(
-        "Per GPU; activations and communication buffers (but DDP's) come on top. A mask update is drawn from sums, "
-        "never from gathered weights.",
+        "GiB per GPU. Activations and communication buffers (but DDP's) come on top, and `change` while masks change. "
+        "They are drawn from sums, never from gathered weights; the last two columns are what each GPU sends then.",
         highlight=False,
     )
 
 
 def _table(plans: "list[MemoryPlan]") -> Table:
-    table = Table()
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0))  # ten columns fit into 80 characters
     for column in ("GPUs", "strategy"):
-        table.add_column(column)
-    held = ("weights", "gradients", "optimizer", "masks", "total")
-    for column in (*held, "while masks change", "sent then: sums", "weights"):
-        table.add_column(column, justify="right")
+        table.add_column(column, no_wrap=True)
+    for column in ("weights", "grads", "Adam", "masks", "all", "change", "sums", "weights"):
+        table.add_column(column, justify="right", no_wrap=True)
     for plan in plans:
         held = (plan.weights, plan.gradients, plan.optimizer, plan.masks, plan.total, plan.mask_update)
-        cells = [f"{size / GIB:,.2f} GiB" for size in held]
-        cells += [f"{plan.sums_sent / MIB:,.1f} MiB", f"{plan.weights_sent / GIB:,.2f} GiB"]
+        cells = [*map(_gib, held), f"{plan.sums_sent / MIB:.0f} MiB", _gib(plan.weights_sent)]
         table.add_row(str(plan.processes), plan.strategy, *cells)
     return table
+
+
+def _gib(size: int) -> str:
+    gib = size / GIB
+    return f"{gib:,.0f}" if gib >= 100 else f"{gib:.1f}" if gib >= 10 else f"{gib:.2f}"

@@ -37,11 +37,12 @@ def upcycle(
     """Write a mixture of experts made of a dense checkpoint, by default of exact copies (Komatsuzaki et al. 2022).
 
     The target is a stock architecture with the names that its own checkpoints have on the Hub, so that Transformers,
-    vLLM and SGLang read it with no code of ours (no engine was run by us). GPT-2, BERT, RoBERTa, ViT and T5 encoders,
-    which have no such sibling, get a mixture of ours that the Auto classes load. Weights are copied block by block; no
-    model is held in memory but for the check at the end. Called again after a kill it goes on, and the files are those
-    of an uninterrupted run, byte for byte. Several processes may be called alike and share the shards; the last to
-    finish completes the folder. It can be loaded only once everything is written and checked.
+    vLLM and SGLang read it with no code of ours (docs/upcycling.md tells which pairs they were seen to read). GPT-2,
+    BERT, RoBERTa, ViT and T5 encoders, which have no such sibling, get a mixture of ours that the Auto classes load.
+    Weights are copied block by block; no model is held in memory but for the check at the end. Called again after a
+    kill it goes on, and the files are those of an uninterrupted run, byte for byte. Several processes may be called
+    alike and share the shards; the last to finish completes the folder. It can be loaded only once everything is
+    written and checked.
 
     Args:
         source: folder or Hub id of a dense checkpoint in safetensors.

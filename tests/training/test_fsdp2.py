@@ -55,9 +55,7 @@ def pretend_to_be_on_gpus() -> None:
     PartialState._shared_state["device"] = torch.device("cpu")
 
 
-def sharded_trainer(
-    folder: Path, config: object, state: str = "FULL_STATE_DICT", batch: int = 2, **options: object
-):
+def sharded_trainer(folder: Path, config: object, state: str = "FULL_STATE_DICT", batch: int = 2, **options: object):
     pretend_to_be_on_gpus()
     fsdp = {**FSDP, "state_dict_type": state}
     own = {"fsdp": True, "fsdp_config": fsdp, "accelerator_config": {"use_configured_state": True}}
