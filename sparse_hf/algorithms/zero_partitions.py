@@ -42,6 +42,13 @@ def partition_of(parameter: Tensor) -> Partition:
     return _stage_3(parameter) if hasattr(parameter, "ds_id") else _stage_1_or_2(parameter)
 
 
+def place_in(flat: Tensor, run: Tensor) -> slice | None:
+    """Where in a flat tensor a run of weights that shares its memory lies; None if it does not, or is empty."""
+    begin = (run.data_ptr() - flat.data_ptr()) // flat.element_size()
+    inside = run.numel() and run.device == flat.device and 0 <= begin <= flat.numel() - run.numel()
+    return slice(begin, begin + run.numel()) if inside else None
+
+
 def group_of(parameter: Tensor) -> dist.ProcessGroup:
     """The ranks among which a parameter that `is_partitioned` is cut."""
     return parameter.ds_process_group if hasattr(parameter, "ds_id") else parameter._dp_group

@@ -27,9 +27,10 @@ from sparse_hf.tickets.configs import GradualPruningConfig, LotteryTicketConfig,
 from sparse_hf.tickets.early_bird_config import EarlyBirdConfig
 from sparse_hf.tickets.origin import TicketOrigin, origin_of
 from sparse_hf.tickets.ticket import DESCRIPTION_FILE, Ticket
-from sparse_hf.training.first_masks import draw_at, masks_of_ticket, parts_of, static_masks
+from sparse_hf.training.first_masks import draw_at, static_masks
 from sparse_hf.training.mask_keeper import MaskKeeper
 from sparse_hf.training.sharding_checks import check_best_model, check_score
+from sparse_hf.training.ticket_parts import masks_of_ticket, parts_of_ticket
 
 
 logger = logging.getLogger(__name__)
@@ -153,7 +154,7 @@ class SparsityCallback(TrainerCallback):
         """Take the best checkpoint's masks if its weights were loaded, then let go of the optimizer."""
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and best is not None and (Path(best) / MASKS_FILE).is_file():
-            self.keeper.set_masks(parts_of(Ticket.from_pretrained(best).masks(), model))
+            self.keeper.set_masks(parts_of_ticket(Ticket.from_pretrained(best), model))
         self._last = self.ticket
         self.keeper.detach()
         self.keeper = None

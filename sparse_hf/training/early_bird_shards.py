@@ -18,7 +18,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from sparse_hf.algorithms.sharded_tensors import local_part
-from sparse_hf.algorithms.zero_partitions import is_partitioned, whole_shape
+from sparse_hf.algorithms.zero_partitions import is_partitioned, place_in, whole_shape
 from sparse_hf.tickets.coefficients import UnitCoefficients
 from sparse_hf.training.forget_training import ENGINES_OWN
 
@@ -116,6 +116,5 @@ def add_l1_gradient(coefficients: UnitCoefficients, strength: float, optimizer: 
     for value in coefficients.values:
         run = local_part(value)
         for master in masters:
-            begin = (run.data_ptr() - master.data_ptr()) // master.element_size()
-            if run.numel() and run.device == master.device and 0 <= begin <= master.numel() - run.numel():
-                master.grad[begin : begin + run.numel()].add_(run.sign(), alpha=strength)
+            if (place := place_in(master, run)) is not None:
+                master.grad[place].add_(run.sign(), alpha=strength)

@@ -36,6 +36,7 @@ from sparse_hf.moe.router_logits import RouterReader, Routing, check_linear
 from sparse_hf.moe.router_weights import Linear, Place, RouterWeights, zero_with
 from sparse_hf.moe.selection_bias import hold_in_float32, move_selection_biases, selection_biases
 from sparse_hf.moe.sequence_numbers import sequence_numbers
+from sparse_hf.training.sharding_checks import check_best_model
 
 
 TRIED = (
@@ -110,6 +111,7 @@ class LoadBalancer(TrainerCallback):
 
     def _check_loading(self, model: nn.Module) -> None:
         """Every rank must train rows of its own, and gradients be their mean over all ranks."""
+        check_best_model(self.trainer.args, model)
         by_transformers = getattr(model, "is_distributed_loading_by_transformers", False)
         size = model.config.distributed_config.fsdp_size if by_transformers else None
         if size != self.trainer.accelerator.num_processes:

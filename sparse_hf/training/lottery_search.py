@@ -30,13 +30,7 @@ from sparse_hf.tickets.origin import origin_of
 from sparse_hf.tickets.site_pieces import pieces_of
 from sparse_hf.tickets.ticket import Ticket
 from sparse_hf.training.checkpoints import last_complete_checkpoint
-from sparse_hf.training.first_masks import (
-    parts_of_ticket,
-    seeded,
-    site_gradients,
-    ticket_of_parts,
-    zero_pruned_by,
-)
+from sparse_hf.training.first_masks import seeded, site_gradients
 from sparse_hf.training.for_one_training import (
     TakeSnapshot,
     first_at_train_begin,
@@ -49,6 +43,7 @@ from sparse_hf.training.search_checks import check_before_search, check_optimize
 from sparse_hf.training.search_journal import SearchJournal, begin_search, open_journal
 from sparse_hf.training.snapshot import everything, restore_snapshot, save_snapshot
 from sparse_hf.training.stateful_callbacks import callback_states, stopped_early
+from sparse_hf.training.ticket_parts import parts_of_ticket, ticket_of_parts, zero_pruned_by
 from sparse_hf.training.zero_stepping import copy_masters_to_model
 
 

@@ -20,6 +20,7 @@ from sparse_hf.tickets.configs import Budget
 
 Strategy = Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"]
 Precision = Literal["fp32", "bf16"]
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 FP32 = 4
 MOMENTS = 2 * FP32  # of Adam, in every strategy
@@ -147,6 +148,3 @@ def _sums(sites: Sequence[Site], budget: Budget) -> int:
     # Matrix by matrix, candidates are counted first; layer collapse is looked for in any case.
     counts = (1 if budget == "global" else 2) * len(sites) + 1
     return sum(map(bytes_of_selection, draws)) + COUNT * counts
-
-
-STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sparse_hf.algorithms.masking import zero_pruned_
 from sparse_hf.algorithms.sharded_tensors import local_part
+from sparse_hf.algorithms.zero_partitions import place_in
 
 
 # By the class of DeepSpeed's optimizer, the attribute with the flat masters that the torch optimizer steps.
@@ -61,9 +62,8 @@ class ZeroStepping:
     def find(self, run: Tensor) -> tuple[Tensor, slice]:
         """In which master a run of weights lies, and where; an empty tensor for an empty run."""
         for master in self.masters:
-            begin = (run.data_ptr() - master.data_ptr()) // master.element_size()
-            if run.numel() and run.device == master.device and 0 <= begin <= master.numel() - run.numel():
-                return master, slice(begin, begin + run.numel())
+            if (place := place_in(master, run)) is not None:
+                return master, place
         if run.numel():
             raise ValueError("A masked weight must be among ZeRO's masters, but was not found: leave it dense.")
         return run, slice(0, 0)

@@ -1,12 +1,10 @@
 """Four processes, of which each two share the same experts, draw the masks of one process."""
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
@@ -15,7 +13,7 @@ from sparse_hf.algorithms.sharded_tensors import first_row, local_part, part_of,
 from sparse_hf.anatomy.sites import Site
 from sparse_hf.tickets.draw import draw_masks
 from training.tiny_training import assert_same
-from training.two_processes import found_by_both, run_processes
+from training.two_processes import found_by_both, leave_found, run_processes
 
 
 EXPERTS = (4, 6, 2, 9)  # of which FSDP2 cuts those of one rank evenly, unevenly, into one and nothing
@@ -71,9 +69,7 @@ def run_one_process(folder: str) -> None:
         draw_masks(sites(), parameters | {"dense": halves}, 0.5)
     with pytest.raises(ValueError, match="got `dense` whole beside sharded ones"):
         draw_masks(sites(), parameters | {"dense": wholes["dense"]}, 0.5)
-    save_file(found, Path(folder) / f"rank-{os.environ['RANK']}.safetensors")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_found(found, Path(folder))
 
 
 @pytest.mark.slow

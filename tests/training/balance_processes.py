@@ -1,7 +1,6 @@
 """What each of two processes trains with a balance loss under FSDP2 or ZeRO, for `test_balance_sharded.py`."""
 
 import os
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -21,6 +19,7 @@ from sparse_hf.algorithms.zero_partitions import is_partitioned
 from training.test_fsdp2 import FSDP, pretend_to_be_on_gpus
 from training.tiny_balance import all_losses, mixtral, trainer
 from training.tiny_training import Crash, CrashAt, tiny_arguments
+from training.two_processes import leave_found, without_compiling
 from training.zero_processes import whole, zero_config
 
 
@@ -117,9 +116,7 @@ def run_one_process(folder: str) -> None:
     """Every case under one strategy; what they came to is written for the test."""
     root, strategy, found = Path(folder), os.environ["STRATEGY"], {}
     if strategy != "fsdp2":
-        import deepspeed.comm.torch  # noqa: F401
-
-        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # a minute of compiling
+        without_compiling()
     for kind, one in added(root / "run", strategy, **CASES[strategy]).items():
         found |= {f"added/{kind}/{name}": tensor for name, tensor in one.items()}
     if strategy == "zero-3":
@@ -136,6 +133,4 @@ def run_one_process(folder: str) -> None:
     dist.barrier()
     resumed = moved_biases(bias_trainer(root / "stopped", strategy), resume=True)
     found |= {f"bias/resumed/{name}": one for name, one in resumed.items()}
-    save_file({name: one.contiguous() for name, one in found.items()}, root / f"rank-{os.environ['RANK']}.safetensors")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_found(found, root)

@@ -1,7 +1,6 @@
 """What each of two processes trains of a DSEE adapter under FSDP2 or ZeRO, for `test_dsee_sharded.py`."""
 
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, Trainer
 
@@ -24,6 +22,7 @@ from sparse_hf import (
 from sparse_hf.algorithms.zero_partitions import is_partitioned
 from training.balance_processes import sharding, whole_weights
 from training.tiny_training import Crash, CrashAt, tiny_arguments, tiny_classifier, tiny_trainer
+from training.two_processes import leave_found, without_compiling
 
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -115,9 +114,7 @@ def run_one_process(folder: str) -> None:
     """Every case under one strategy; what they came to is written for the test."""
     root, strategy, found = Path(folder), os.environ["STRATEGY"], {}
     if strategy != "fsdp2":
-        import deepspeed.comm.torch  # noqa: F401
-
-        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # a minute of compiling
+        without_compiling()
     for name, (model, options) in CASES.items():
         training = dsee_trainer(root / name, strategy, model, **options())
         if name == "moving" and strategy != "fsdp2":
@@ -141,6 +138,4 @@ def run_one_process(folder: str) -> None:
         training = dsee_trainer(root / "loaded", strategy, loaded)
         assert all(map(is_partitioned, training.model.get_base_model().bert.embeddings.parameters()))
         found |= found_after("loaded", training)
-    save_file({name: one.contiguous() for name, one in found.items()}, root / f"rank-{os.environ['RANK']}.safetensors")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_found(found, root)

@@ -1,13 +1,11 @@
 """Two processes that split a model by ZeRO draw the early-bird ticket of one, and train the smaller model."""
 
 import os
-import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -23,7 +21,7 @@ from training.bird_processes import (
     search_whole,
 )
 from training.tiny_training import assert_same
-from training.two_processes import found_by_both, run_two
+from training.two_processes import found_by_both, leave_found, run_two, without_compiling
 from training.zero_processes import plain_trainer, search_trainer, whole
 
 
@@ -51,9 +49,7 @@ def loaded_in_parts(root: Path) -> PreTrainedModel:
 
 def run_one_process(folder: str) -> None:
     """What each of the two processes does."""
-    import deepspeed.comm.torch  # noqa: F401
-
-    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # a minute of compiling, for faster sums on CPUs
+    without_compiling()
     root, found = Path(folder), {}
     found |= search_whole(root, "zero2", partial(search_trainer, 2), whole_weights)
     zero3 = partial(search_trainer, 3, changes=SMALL)
@@ -61,9 +57,7 @@ def run_one_process(folder: str) -> None:
     found |= search_killed(root, "zero3", zero3, whole_weights)
     found |= cut_only(root, "zero1", partial(search_trainer, 1), whole_weights)
     found |= cut_only(root, "parts", partial(search_trainer, 3), whole_weights, model=partial(loaded_in_parts, root))
-    save_file(found, root / f"rank-{os.environ['RANK']}.safetensors")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_found(found, root)
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,9 @@
 """Two processes that shard a model by FSDP2 draw the early-bird ticket of one process, and train the smaller model."""
 
-import os
 from functools import partial
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
-from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from training.bird_processes import (
@@ -21,7 +18,7 @@ from training.bird_processes import (
 )
 from training.test_fsdp2 import FSDP, pretend_to_be_on_gpus
 from training.tiny_training import AtStep, assert_same
-from training.two_processes import found_by_both, run_two
+from training.two_processes import found_by_both, leave_found, run_two
 from training.zero_processes import plain_trainer
 
 
@@ -54,9 +51,7 @@ def run_one_process(folder: str) -> None:
     found = search_whole(root, "fsdp2", sharded_trainer, whole_weights)
     found |= search_killed(root, "fsdp2", partial(sharded_trainer, state="SHARDED_STATE_DICT"), whole_weights)
     found |= cut_only(root, "fsdp2", sharded_trainer, whole_weights)
-    save_file(found, root / f"rank-{os.environ['RANK']}.safetensors")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_found(found, root)
 
 
 @pytest.fixture(scope="module")

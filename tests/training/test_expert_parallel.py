@@ -1,12 +1,9 @@
 """Two processes that hold half of the experts each (Transformers' `DistributedConfig`) come to what one does."""
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
@@ -21,7 +18,7 @@ from sparse_hf.tickets.ticket import Ticket
 from tiny_models import tiny_model
 from training.tiny_balance import all_losses, mixtral, relative_error, routers_of, rows
 from training.tiny_training import AtStep, assert_same, tiny_arguments
-from training.two_processes import found_by_both, run_two
+from training.two_processes import found_by_both, leave_found, run_two
 
 
 pytest.importorskip("transformers.distributed.expert_parallel")  # Transformers 5.17 has none
@@ -121,9 +118,7 @@ def run_one_process(folder: str) -> None:
     for name, split in TOGETHER.items():
         for kind, one in added(root, split).items():
             found |= {f"{name}-{kind}/added/{key}": tensor for key, tensor in one.items()}
-    save_file(found, root / f"rank-{os.environ['RANK']}.safetensors")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_found(found, root)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Two processes that shard a model by FSDP2 come to the masks and zeros of one process."""
 
 import dataclasses
-import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from sparse_hf.anatomy.canonical_names import named_canonical_parameters
@@ -18,7 +16,7 @@ from sparse_hf.storage.mask_file import MASKS_FILE
 from sparse_hf.tickets.configs import GradualPruningConfig, StaticSparsityConfig
 from sparse_hf.tickets.ticket import Ticket
 from training.tiny_training import AtStep, Crash, CrashAt, assert_same, tiny_classifier, tiny_trainer
-from training.two_processes import found_by_both, run_two
+from training.two_processes import found_by_both, leave_found, run_two
 
 
 CASES = {
@@ -69,7 +67,7 @@ def whole_weights(trainer) -> dict[str, torch.Tensor]:
 
 def run_one_process(folder: str) -> None:
     """What each of the two processes does: every case, and one that is stopped and resumed."""
-    found, rank = {}, os.environ["RANK"]
+    found = {}
     for name, config in CASES.items():
         if name == "gradient":  # batches are half as large as those of one process
             config = dataclasses.replace(config, score_batches=4)
@@ -92,9 +90,7 @@ def run_one_process(folder: str) -> None:
     resumed.train(resume_from_checkpoint=True)
     found |= {f"resumed/weight/{key}": one for key, one in whole_weights(resumed).items()}
     found |= {f"resumed/mask/{key}": one for key, one in resumed.ticket.masks().items()}
-    save_file(found, Path(folder) / f"rank-{rank}.safetensors")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_found(found, Path(folder))
 
 
 @pytest.fixture(scope="module")

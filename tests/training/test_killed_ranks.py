@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from safetensors.torch import save_file
 
 from sparse_hf.storage.mask_file import MASKS_FILE
 from sparse_hf.training import callback
 from training.test_fsdp2 import CASES, sharded_trainer, whole_weights
 from training.tiny_training import assert_same
-from training.two_processes import found_by_both, launch, run_two
+from training.two_processes import found_by_both, launch, leave_found, run_two
 
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "state": "SHARDED_STATE_DICT"}
@@ -64,9 +63,7 @@ def go_on(folder: str) -> None:
         trainer.train(resume_from_checkpoint=name != "undisturbed")
         found |= {f"{name}/weight/{key}": one for key, one in whole_weights(trainer).items()}
         found |= {f"{name}/mask/{key}": one for key, one in trainer.ticket.masks().items()}
-    save_file(found, Path(folder) / f"rank-{os.environ['RANK']}.safetensors")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_found(found, Path(folder))
 
 
 @pytest.mark.slow

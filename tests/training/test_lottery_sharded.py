@@ -1,18 +1,15 @@
 """Two processes that shard a model by FSDP2, or copy it (DDP), find the ticket of one process, and rewind exactly."""
 
 import dataclasses
-import os
 import shutil
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from sparse_hf.anatomy.canonical_names import named_canonical_parameters
@@ -30,7 +27,7 @@ from training.search_processes import (
 )
 from training.test_fsdp2 import FSDP, pretend_to_be_on_gpus
 from training.tiny_training import assert_same, tied_classifier, tiny_rows
-from training.two_processes import found_by_both, run_two
+from training.two_processes import found_by_both, leave_found, run_two
 from training.zero_processes import plain_trainer
 
 
@@ -70,9 +67,7 @@ def run_one_process(folder: str) -> None:
     assert by_gradient.is_fsdp_enabled
     assert by_gradient.accelerator.num_processes == 2
     found |= {f"gradient/mask/{key}": one for key, one in by_gradient.ticket.masks().items()}
-    save_file(found, root / f"rank-{os.environ['RANK']}.safetensors")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_found(found, root)
 
 
 @pytest.fixture(scope="module")

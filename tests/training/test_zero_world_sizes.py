@@ -13,14 +13,12 @@ from safetensors.torch import load_file, save_file
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from training.tiny_training import Crash, CrashAt, assert_same
-from training.two_processes import run_processes
+from training.two_processes import run_processes, without_compiling
 from training.zero_processes import CASES, SAVING, plain_trainer, weights_of, zero_config
 
 
 def trainer_in(folder: Path, universal: bool = False, **options: object):
-    import deepspeed.comm.torch  # noqa: F401
-
-    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # a minute of compiling, for faster sums on CPUs
+    without_compiling()
     AcceleratorState._reset_state(True)
     unset_hf_deepspeed_config()
     config = zero_config(2) | ({"checkpoint": {"load_universal": True}} if universal else {})

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sparse_hf
@@ -62,6 +63,22 @@ def launch(
         stderr=subprocess.STDOUT,
         timeout=300,
     )
+
+
+def leave_found(found: dict[str, Tensor], folder: Path) -> None:
+    """What one of the two did comes to its end: what it found is for `found_by_both`, and the group is taken apart."""
+    save_file(
+        {name: one.contiguous() for name, one in found.items()}, folder / f"rank-{os.environ['RANK']}.safetensors"
+    )
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def without_compiling() -> None:
+    """DeepSpeed compiles for a minute, for faster sums on CPUs, unless it is told not to."""
+    import deepspeed.comm.torch  # noqa: F401
+
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
 
 
 def found_by_both(folder: Path) -> dict[str, dict[str, dict[str, Tensor]]]:

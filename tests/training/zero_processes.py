@@ -1,8 +1,6 @@
 """What each of two processes trains under DeepSpeed ZeRO for `test_deepspeed.py`."""
 
 import dataclasses
-import os
-import sys
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +10,6 @@ import pytest
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -24,6 +21,7 @@ from sparse_hf.training.trainer import SparseTrainer
 from tiny_models import tiny_model
 from training.search_processes import LATE, search_early, search_late
 from training.tiny_training import AtBegin, AtStep, Crash, CrashAt, tied_classifier, tiny_trainer
+from training.two_processes import leave_found, without_compiling
 
 
 CASES = {
@@ -144,9 +142,7 @@ def search_trainer(stage: int, folder: Path, config: object, **options: object) 
 
 def run_one_process(folder: str) -> None:
     """All runs; what they came to is written for the test."""
-    import deepspeed.comm.torch  # noqa: F401
-
-    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # a minute of compiling, for faster sums on CPUs
+    without_compiling()
     root, found = Path(folder), {}
     for name in COMPARED:
         case, stage = name.split("-")
@@ -165,6 +161,4 @@ def run_one_process(folder: str) -> None:
     for name, (stage, config, message) in REFUSED.items():
         with pytest.raises(ValueError, match=message):
             zero_trainer(root / name, stage, config).train()
-    save_file(found, root / f"rank-{os.environ['RANK']}.safetensors")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_found(found, root)
