@@ -19,8 +19,10 @@ import json
 import mmap
 import os
 import statistics
+import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -98,12 +100,18 @@ def in_a_fork(work: Callable[[Path], None], folder: Path) -> tuple[float, float]
             work(folder)
             times = time.perf_counter() - wall, time.process_time() - processor
             os.write(writer, json.dumps(times).encode())
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
         finally:
             os._exit(0)
     os.close(writer)
-    os.waitpid(child, 0)
+    status = os.waitpid(child, 0)[1]
     with open(reader, "rb") as answer:
-        return tuple(json.loads(answer.read()))
+        found = answer.read()
+    if not found:
+        raise RuntimeError(f"The process that loaded {folder.name} has failed (status {status}), see above.")
+    return tuple(json.loads(found))
 
 
 def make(place: Path, layers: int, dtype: str, sparsity: float) -> tuple[Path, Path]:

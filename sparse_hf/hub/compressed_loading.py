@@ -87,6 +87,9 @@ class CompressedQuantizer(HfQuantizer):
         # Fused matrices that are split while they are read are larger than any parameter, but not than all of them.
         most = sum(tensor.numel() for tensor in wanted.values() if isinstance(tensor, Tensor))
         self._expand = Expand(wanted, model._get_dtype_plan(model.config.dtype), most)
+        # In a forked process torch makes its threads anew when it is first used, which fails where several threads of
+        # Transformers do that at once; so it is done here.
+        torch.set_num_threads(torch.get_num_threads())
 
     def update_weight_conversions(
         self, weight_conversions: list[WeightTransform], model: PreTrainedModel | None = None

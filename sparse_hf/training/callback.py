@@ -31,6 +31,7 @@ from sparse_hf.training.first_masks import draw_at, static_masks
 from sparse_hf.training.mask_keeper import MaskKeeper
 from sparse_hf.training.sharding_checks import check_best_model, check_score
 from sparse_hf.training.ticket_parts import masks_of_ticket, parts_of_ticket
+from sparse_hf.training.zero_universal import check_steps_apart
 
 
 logger = logging.getLogger(__name__)
@@ -108,6 +109,7 @@ class SparsityCallback(TrainerCallback):
         check_best_model(args, model)
         self._origin = self._describe(model)
         if state.global_step > 0:
+            check_steps_apart(optimizer)
             masks = self._masks_of_checkpoint(args, state, model)
         else:
             # Weights that this callback has trained are no longer those of the ticket's base.

@@ -26,12 +26,13 @@ from sparse_hf.training.converted_checkpoints import load_converted, needs_conve
 from sparse_hf.training.dropped_tokens import DroppedTokens
 from sparse_hf.training.dsee_two_stages import DseeTwoStages
 from sparse_hf.training.early_bird_search import EarlyBirdSearch, describe_slim
+from sparse_hf.training.expert_log import expert_entries
 from sparse_hf.training.forget_training import give_back, held_by
 from sparse_hf.training.load_balancer import LoadBalancer
 from sparse_hf.training.lottery_search import LotterySearch
-from sparse_hf.training.top_k_scheduling import TopKScheduleCallback
 from sparse_hf.training.trainer_card import bring_from_checkpoint, complete_card
 from sparse_hf.training.trainer_push import delete_outdated_after, holds_compressed, push_in_one_commit
+from sparse_hf.training.zero_universal import options_of, put_right, reads_universal
 
 
 # Methods that train more than once.
@@ -80,6 +81,7 @@ class SparseTrainer(Trainer):
         self._structured_ticket: StructuredTicket | None = None
         self._sparsity_callback: SparsityCallback | None = None
         self._stepped_shards: list[list[nn.Parameter]] | None = None  # of an optimizer that is being prepared
+        self._told_options: list[dict] = []  # of an optimizer whose state DeepSpeed is about to read
         self._resumed_at: int | None = None  # step of the checkpoint that the running training continues
         if isinstance(sparsity, StructuredTicket):
             self._train_slim(sparsity)
@@ -180,7 +182,15 @@ class SparseTrainer(Trainer):
         """The Trainer's; accelerate has prepared the optimizer by now."""
         give_back(self._stepped_shards, self.optimizer)
         self._stepped_shards = None
-        return super().create_scheduler(*args, **kwargs)
+        scheduler = super().create_scheduler(*args, **kwargs)
+        if reads_universal(self.args):
+            self._told_options = options_of(self.optimizer)
+        return scheduler
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and reads_universal(self.args):
+            put_right(self.optimizer, self._told_options)
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple[int | None, ...]:
         """The Trainer's, but no epoch is left of a training that had ended when its last checkpoint was written.
@@ -280,18 +290,9 @@ class SparseTrainer(Trainer):
         if self.search is not None:
             logs.update({name: value for name, value in self.search.log_entries().items() if name not in logs})
         if "loss" in logs:
-            logs.update(self._expert_entries())
+            callbacks = self.callback_handler.callbacks
+            logs.update(expert_entries(callbacks, self._load_balancer, self._dropped_tokens))
         super().log(logs, *args, **kwargs)
-
-    def _expert_entries(self) -> dict[str, float]:
-        """Experts per token while they change, load, losses of balance, and what full experts lose."""
-        entries = {}
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, TopKScheduleCallback) and callback.k_of_last_step is not None:
-                entries["experts_per_token"] = float(callback.k_of_last_step)
-        if self._load_balancer is not None:
-            entries |= self._load_balancer.log_entries()
-        return entries | self._dropped_tokens.log_entries()
 
     def create_model_card(self, *args: object, **kwargs: object) -> None:
         """As the Trainer's; the card tells what is sparse in the output folder, and then what the Trainer's tells.
