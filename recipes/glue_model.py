@@ -49,6 +49,9 @@ def trainer_parts(task: TaskArguments, training_args: TrainingArguments, *, pret
         model = AutoModelForSequenceClassification.from_pretrained(task.model_name_or_path, config=config)
     else:
         model = AutoModelForSequenceClassification.from_config(config)
+    # These heads take the mean over their rows, whatever number of rows they are told to divide by. A Trainer that
+    # believes they listen multiplies loss and gradients by the number of processes and of accumulated batches.
+    model.accepts_loss_kwargs = False
 
     def tokenize(batch: dict[str, list]) -> dict[str, list]:
         texts = [batch[name] for name in ("text", "text_pair") if name in batch]

@@ -4,7 +4,9 @@ import dataclasses
 from dataclasses import dataclass
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from sparse_hf.algorithms.zero_partitions import whole_shape
 from sparse_hf.anatomy.canonical_names import unwrap
 from sparse_hf.anatomy.modeling_slim import UnitTable, base_of, table_from_dict, unit_counts
 from sparse_hf.anatomy.unit_families import UNIT_TABLES
@@ -39,10 +41,11 @@ def find_units(model: nn.Module, table: UnitTable | None = None) -> list[Units]:
         table: of a family that is not supported, or that deviates.
 
     Raises:
-        ValueError: there is no table for the model's family, or it does not fit.
+        ValueError: there is no table for the model's family, or it does not fit; or ranks hold parts of its weights.
     """
     model = unwrap(model)
     table = table or table_of(model)
+    _check_whole(model)
     prefix, _ = base_of(model)
     units = []
     for key, count in unit_counts(model, table).items():
@@ -56,6 +59,18 @@ def find_units(model: nn.Module, table: UnitTable | None = None) -> list[Units]:
             )
         units.append(Units(key, count, inputs // count, output))
     return units
+
+
+def _check_whole(model: nn.Module) -> None:
+    split = [
+        name for name, one in model.named_parameters() if isinstance(one, DTensor) or one.shape != whole_shape(one)
+    ]
+    if split:
+        raise ValueError(
+            f"Heads and neurons are found in whole weights, but ranks hold parts of `{split[0]}` and {len(split) - 1} "
+            "more. Cut the model in one process and load the smaller one here, or load the model before "
+            "`TrainingArguments` switch ZeRO-3 on."
+        )
 
 
 def table_of(model: nn.Module) -> UnitTable:

@@ -1,5 +1,7 @@
 """The recipe's modes, two steps each, by the command a user types."""
 
+import json
+
 import pytest
 
 from sparse_hf import Ticket
@@ -35,3 +37,13 @@ def test_a_finished_search_is_not_overwritten_but_continued_on_request(run):
 def test_a_ticket_mode_without_ticket_says_so(run):
     with pytest.raises(ValueError, match="needs `--ticket`"):
         run("none", "--mode", "ticket")
+
+
+def test_the_loss_is_a_mean_over_rows_however_they_come_together(run, places):
+    run("at-once", "--mode", "dense")
+    run("accumulated", "--mode", "dense", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2")
+    losses = [
+        json.loads((places["root"] / name / "train_results.json").read_text())["train_loss"]
+        for name in ("at-once", "accumulated")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)

@@ -5,10 +5,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
+from sparse_hf.tickets.structured_ticket import StructuredTicket
 from training.bird_processes import (
     CONFIG,
     NO_DROPOUT,
@@ -20,7 +22,7 @@ from training.bird_processes import (
     search_killed,
     search_whole,
 )
-from training.tiny_training import assert_same
+from training.tiny_training import assert_same, tensors
 from training.two_processes import found_by_both, leave_found, run_two, without_compiling
 from training.zero_processes import plain_trainer, search_trainer, whole
 
@@ -47,16 +49,26 @@ def loaded_in_parts(root: Path) -> PreTrainedModel:
     return model
 
 
+def magnitude_ticket() -> StructuredTicket:
+    return StructuredTicket.from_model(bird(), CONFIG)
+
+
 def run_one_process(folder: str) -> None:
     """What each of the two processes does."""
     without_compiling()
-    root, found = Path(folder), {}
+    root, found, ticket = Path(folder), {}, magnitude_ticket()
     found |= search_whole(root, "zero2", partial(search_trainer, 2), whole_weights)
     zero3 = partial(search_trainer, 3, changes=SMALL)
     found |= search_whole(root, "zero3", zero3, whole_weights)
     found |= search_killed(root, "zero3", zero3, whole_weights)
     found |= cut_only(root, "zero1", partial(search_trainer, 1), whole_weights)
-    found |= cut_only(root, "parts", partial(search_trainer, 3), whole_weights, model=partial(loaded_in_parts, root))
+    in_parts = partial(loaded_in_parts, root)
+    found |= cut_only(root, "parts", partial(search_trainer, 3), whole_weights, model=in_parts)
+    with pytest.raises(ValueError, match="found in whole weights, but ranks hold parts of `bert.embeddings"):
+        search_trainer(3, root / "refused", ticket, model=in_parts)
+    under_ticket = search_trainer(3, root / "ticket", ticket, model=bird, changes=SMALL, **OPTIONS)
+    under_ticket.train()
+    found |= {f"ticket/weight/{name}": one for name, one in whole_weights(under_ticket.model).items()}
     leave_found(found, root)
 
 
@@ -88,3 +100,12 @@ def test_a_resumed_search_is_the_one_that_did_not_stop(sharded):
 @pytest.mark.parametrize("name", ["zero1-cut", "parts-cut"])
 def test_the_smaller_model_begins_at_slices_of_the_start(sharded, name):
     check_cut(sharded[1][name])
+
+
+def test_training_under_a_ticket_is_that_of_one_process(sharded, tmp_path):
+    trainer = plain_trainer(tmp_path, magnitude_ticket(), 4, model=bird, **OPTIONS)
+    trainer.train()
+    found, weights = sharded[1]["ticket"]["weight"], tensors(trainer.model)
+    assert found.keys() == weights.keys()
+    for name, weight in weights.items():
+        assert torch.allclose(found[name], weight, rtol=0, atol=2e-5), name
