@@ -37,14 +37,14 @@ CASES = {
 
 
 def sharding(strategy: str, layer: str = "MixtralDecoderLayer", persistent: int = 0) -> dict[str, object]:
-    """The Trainer's arguments for "alone", "fsdp2", "zero-2" or "zero-3"; every trainer configures it anew.
+    """The Trainer's arguments for "alone", "ddp", "fsdp2", "zero-2" or "zero-3"; every trainer configures it anew.
 
     Args:
         layer: what FSDP2 wraps.
         persistent: weights of the largest parameters that ZeRO-3 keeps whole between uses.
     """
     unset_hf_deepspeed_config()  # else models are split when they are made
-    if strategy == "alone":
+    if strategy in ("alone", "ddp"):
         return {}
     if strategy == "fsdp2":
         pretend_to_be_on_gpus()

@@ -1,4 +1,4 @@
-"""What each of two processes trains of a DSEE adapter under FSDP2 or ZeRO, for `test_dsee_sharded.py`."""
+"""What each of two processes trains of a DSEE adapter under DDP, FSDP2 or ZeRO, for `test_dsee_sharded.py`."""
 
 import os
 from collections.abc import Callable
@@ -54,7 +54,7 @@ def dsee_trainer(
         own["fsdp_config"]["state_dict_type"] = state
     arguments = tiny_arguments(folder, **own) if model is loaded else None  # from here on loading splits models
     order = {"train_sampling_strategy": "sequential", "average_tokens_across_devices": False, "max_grad_norm": 0.5}
-    batch = {"per_device_train_batch_size": 2 if own else 4}
+    batch = {"per_device_train_batch_size": 4 if strategy == "alone" else 2}
     kind = SparseTrainer if "sparsity" in options else Trainer
     made = tiny_trainer(folder, model=model(), trainer_class=kind, **batch, **order, **own, **options)
     del arguments
@@ -113,11 +113,12 @@ def stop_between_stages(root: Path, strategy: str) -> None:
 def run_one_process(folder: str) -> None:
     """Every case under one strategy; what they came to is written for the test."""
     root, strategy, found = Path(folder), os.environ["STRATEGY"], {}
-    if strategy != "fsdp2":
+    by_deepspeed = strategy.startswith("zero")
+    if by_deepspeed:
         without_compiling()
     for name, (model, options) in CASES.items():
         training = dsee_trainer(root / name, strategy, model, **options())
-        if name == "moving" and strategy != "fsdp2":
+        if name == "moving" and by_deepspeed:
             with pytest.raises(ValueError, match="cannot move under DeepSpeed"):
                 training.train()
         else:

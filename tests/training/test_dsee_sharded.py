@@ -1,4 +1,4 @@
-"""DSEE adapters under FSDP2, ZeRO-2 and ZeRO-3 come to those of one process."""
+"""DSEE adapters under DDP, FSDP2, ZeRO-2 and ZeRO-3 come to those of one process."""
 
 import importlib.util
 
@@ -18,10 +18,10 @@ HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 OWN, S1, PLACES = "sparse_hf_dsee_", "sparse_hf_dsee_mask", "sparse_hf_dsee_indices"
 
 
-@pytest.fixture(scope="module", params=["fsdp2", "zero-2", "zero-3"])
+@pytest.fixture(scope="module", params=["ddp", "fsdp2", "zero-2", "zero-3"])
 def sharded(request, tmp_path_factory):
     """The folder of the runs, and what both processes came to, by case and "with" or "without" the adapter."""
-    if request.param != "fsdp2" and not HAS_DEEPSPEED:
+    if request.param.startswith("zero") and not HAS_DEEPSPEED:
         pytest.skip("DeepSpeed is not installed")
     folder = tmp_path_factory.mktemp(request.param)
     base_classifier().save_pretrained(folder / "base")

@@ -29,7 +29,7 @@ CASES = {
     "random": StaticSparsityConfig(sparsity=0.6, score="random", budget="uniform"),
     "gradual": GradualPruningConfig(sparsity=0.7, end_step=4, every=2),
 }
-COMPARED = ("static-2", "static-3", "random-3", "gradual-1", "gradual-2", "gradual-3")  # with one process
+COMPARED = ("static-1", "static-2", "static-3", "random-3", "gradual-1", "gradual-2", "gradual-3")  # with one process
 RESUMED = (2, 3)
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
 # By name, the stage, what is changed about its config, and about the Trainer's arguments.
