@@ -2,16 +2,14 @@
 
 A sample brackets the threshold; one scan sets the masks above the bracket and collects the few values inside; an exact
 select among these finds the threshold. A bracket that misses costs time, never exactness. Every decision is taken on
-all-reduced numbers, so that all ranks take the same one.
+numbers added up over ranks (see `joint_sums`), so that all ranks take the same one.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from sparse_hf.algorithms.block_scan import (
     Bracketed,
@@ -23,38 +21,27 @@ from sparse_hf.algorithms.block_scan import (
     sample_values,
     scan,
 )
+from sparse_hf.algorithms.joint_sums import Summing, summed, together
 from sparse_hf.algorithms.order_statistic import kth_largest, locate
 
 
-SAMPLE_SIZE = 1 << 18
 SIGMAS = 5
+SAMPLE_SIZE = 1 << 18
+UNSAMPLED = 1 << 14  # so few values are all collected
 
 
 @dataclass(frozen=True)
 class Model:
-    """What all ranks know alike: whole tensors, how to compare their scores, and how to add up counts."""
+    """What all ranks know alike: whole tensors, and how to compare their scores."""
 
     numels: tuple[int, ...]
     names: Sequence[str]
     dtype: np.dtype
-    all_reduce_sum: Callable[[Tensor], Tensor]
-
-    def sum(self, *counts: int) -> list[int]:
-        """The sums of local counts over all ranks."""
-        return self.all_reduce_sum(torch.tensor(counts, dtype=torch.int64)).tolist()
-
-    def kth_largest(self, blocks: Callable[[], Iterator[np.ndarray]], k: int) -> float:
-        """The k-th largest value in the blocks of all ranks."""
-        return kth_largest(blocks, k, self.dtype, self.all_reduce_sum)
-
-    def locate(self, starts: Sequence[int], counts: Sequence[int], k: int) -> tuple[int, int]:
-        """In which run of positions the k-th item of all ranks lies, and which item of that run it is."""
-        return locate(starts, counts, k, sum(self.numels), self.all_reduce_sum)
 
 
 def keep_top(
     pieces: Sequence[Piece], num_keep: int, tensors: Sequence[int], num_candidates: int, model: Model
-) -> None:
+) -> Summing[None]:
     """Write the masks of `pieces`: the `num_keep` largest candidates of `tensors`, ties by position.
 
     Args:
@@ -67,43 +54,59 @@ def keep_top(
         ValueError: a score is NaN or infinite (on all ranks alike).
     """
     total = sum(model.numels[tensor] for tensor in tensors)
-    low, high = _bracket(pieces, num_keep, total, num_candidates, model)
-    found, num_above, num_inside = _scan_all(pieces, low, high, model)
+    low, high = yield from _bracket(pieces, num_keep, total, num_candidates, model)
+    found, num_above, num_inside = yield from _scan_all(pieces, low, high, model)
     num_missing = num_keep - num_above - num_inside
     if num_above == num_keep:
         return
     if num_above < num_keep and num_missing <= 0:
-        _keep_inside(pieces, found, num_keep - num_above, model)
+        yield from _keep_inside(pieces, found, num_keep - num_above, model)
         return
     if num_missing > 0 and math.isfinite(low):
         # All that lies above `low` stays; the rest comes from a mass of scores equal to `low`, if it is large enough.
         for piece, bracketed in zip(pieces, found, strict=True):
             keep_positions(piece, bracketed.positions)
-        if _keep_equal(pieces, low, num_missing, model):
+        if (yield from _keep_equal(pieces, low, num_missing, model)):
             return
     # The bracket missed: select over all values.
-    threshold = model.kth_largest(lambda: (values for piece in pieces for values in candidate_values(piece)), num_keep)
-    _, num_above, _ = _scan_all(pieces, threshold, threshold, model)
-    _keep_equal(pieces, threshold, num_keep - num_above, model)
+    del found
+    threshold, num_larger = yield from kth_largest(
+        lambda: (values for piece in pieces for values in candidate_values(piece)), num_keep, model.dtype
+    )
+    yield from _scan_all(pieces, threshold, threshold, model)
+    yield from _keep_equal(pieces, threshold, num_keep - num_larger, model)
 
 
 def _bracket(
     pieces: Sequence[Piece], num_keep: int, total: int, num_candidates: int, model: Model
-) -> tuple[float, float]:
+) -> Summing[tuple[float, float]]:
     """Two values that hold the threshold, low <= threshold <= high, as good as surely; infinite where unknown."""
-    if total <= 2 * SAMPLE_SIZE:
+    if total <= UNSAMPLED:
         return -math.inf, math.inf
-    sample = _join([sample_values(piece, SAMPLE_SIZE / total) for piece in pieces], model.dtype)
-    [size] = model.sum(sample.size)
+    rate = sample_size(total) / total
+    sample = _join([sample_values(piece, rate) for piece in pieces], model.dtype)
+    [size] = yield from summed(sample.size)
     density = num_keep / max(num_candidates, 1)
     margin = SIGMAS * math.sqrt(density * (1 - density) * size) + 2
     rank_high, rank_low = math.floor(density * size - margin), math.ceil(density * size + margin)
-    high = model.kth_largest(lambda: iter([sample]), rank_high) if rank_high >= 1 else math.inf
-    low = model.kth_largest(lambda: iter([sample]), rank_low) if rank_low <= size else -math.inf
-    return low, high
+    ranks = [rank for rank in (rank_high, rank_low) if 1 <= rank <= size]
+    found = yield from together([kth_largest(lambda: iter([sample]), rank, model.dtype) for rank in ranks])
+    values = dict(zip(ranks, [value for value, _ in found], strict=True))
+    return values.get(rank_low, -math.inf), values.get(rank_high, math.inf)
 
 
-def _scan_all(pieces: Sequence[Piece], low: float, high: float, model: Model) -> tuple[list[Bracketed], int, int]:
+def sample_size(total: int) -> int:
+    """How many of `total` values are drawn, so that they and those inside the bracket are few together.
+
+    The bracket holds 2 SIGMAS sqrt(density (1 - density) / size) of all values, at most 5 total / sqrt(size). The sum
+    of this and the size is least at a size of (2.5 total)^(2/3).
+    """
+    return min(SAMPLE_SIZE, math.ceil((2.5 * total) ** (2 / 3)))
+
+
+def _scan_all(
+    pieces: Sequence[Piece], low: float, high: float, model: Model
+) -> Summing[tuple[list[Bracketed], int, int]]:
     """Scan every piece; the counts above and inside the bracket are of all ranks."""
     found = [scan(piece, low, high) for piece in pieces]
     infinite = [0] * len(model.numels)
@@ -111,7 +114,7 @@ def _scan_all(pieces: Sequence[Piece], low: float, high: float, model: Model) ->
         infinite[piece.tensor] += not bracketed.finite
     num_above = sum(bracketed.num_above for bracketed in found)
     num_inside = sum(bracketed.positions.size for bracketed in found)
-    num_above, num_inside, *infinite = model.sum(num_above, num_inside, *infinite)
+    num_above, num_inside, *infinite = yield from summed(num_above, num_inside, *infinite)
     if any(infinite):
         position = next(i for i, count in enumerate(infinite) if count)
         raise ValueError(
@@ -121,13 +124,14 @@ def _scan_all(pieces: Sequence[Piece], low: float, high: float, model: Model) ->
     return found, num_above, num_inside
 
 
-def _keep_inside(pieces: Sequence[Piece], found: Sequence[Bracketed], num_keep: int, model: Model) -> None:
+def _keep_inside(pieces: Sequence[Piece], found: Sequence[Bracketed], num_keep: int, model: Model) -> Summing[None]:
     """Keep the `num_keep` largest of the collected values; of those equal to the last, the first."""
     values = _join([bracketed.values for bracketed in found], model.dtype)
-    threshold = model.kth_largest(lambda: iter([values]), num_keep)
-    [num_larger] = model.sum(np.count_nonzero(values > threshold))
+    threshold, num_larger = yield from kth_largest(lambda: iter([values]), num_keep, model.dtype)
     num_ties = [np.count_nonzero(bracketed.values == threshold) for bracketed in found]
-    last_start, num_in_last = model.locate([piece.start for piece in pieces], num_ties, num_keep - num_larger)
+    last_start, num_in_last = yield from locate(
+        [piece.start for piece in pieces], num_ties, num_keep - num_larger, sum(model.numels)
+    )
     for piece, bracketed in zip(pieces, found, strict=True):
         if piece.start < last_start:
             kept = bracketed.positions[bracketed.values >= threshold]
@@ -138,17 +142,17 @@ def _keep_inside(pieces: Sequence[Piece], found: Sequence[Bracketed], num_keep: 
         keep_positions(piece, kept)
 
 
-def _keep_equal(pieces: Sequence[Piece], value: float, num_keep: int, model: Model) -> bool:
+def _keep_equal(pieces: Sequence[Piece], value: float, num_keep: int, model: Model) -> Summing[bool]:
     """Keep the first `num_keep` candidates equal to `value`; False, and nothing done, if there are fewer."""
     starts, counts = [], []
     for piece in pieces:
         piece_starts, piece_counts = count_equal(piece, value)
         starts += piece_starts
         counts += piece_counts
-    [num_equal] = model.sum(sum(counts))
+    [num_equal] = yield from summed(sum(counts))
     if num_equal < num_keep:
         return False
-    last_start, num_in_last = model.locate(starts, counts, num_keep)
+    last_start, num_in_last = yield from locate(starts, counts, num_keep, sum(model.numels))
     for piece in pieces:
         keep_equal(piece, value, last_start, num_in_last)
     return True

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from sparse_hf.algorithms.global_selection import SAMPLE_SIZE
+from sparse_hf.algorithms.global_selection import UNSAMPLED
 from sparse_hf.algorithms.order_statistic import DIGIT_BITS, PROBES
 
 
@@ -17,6 +17,8 @@ COUNT = torch.int64.itemsize  # what travels are counts
 
 def bytes_of_selection(numels: Sequence[int], min_per_tensor: int = 1) -> int:
     """Bytes in all sums of one `keep_largest` over tensors of these sizes, in the usual case.
+
+    `keep_largest_each` chooses in one tensor after the other, as far as bytes go: add up those of each alone.
 
     The usual case: fp32 scores (fp64 ones double the larger sums), a threshold inside the bracket that a sample gave,
     and no tensor that falls below `min_per_tensor`; a bracket that misses or a starved tensor costs a selection more.
@@ -33,8 +35,8 @@ def bytes_of_selection(numels: Sequence[int], min_per_tensor: int = 1) -> int:
     agreeing = 1 + 2 * tensors
     scanning = 2 + tensors
     # Two thresholds bracket a third one, unless there are too few values to bother.
-    bracketing = 1 + 2 * _digits() if total > 2 * SAMPLE_SIZE else 0
-    inside = _digits() + 1 + _probes(total)
+    bracketing = 1 + 2 * _digits() if total > UNSAMPLED else 0
+    inside = _digits() + _probes(total)
     floors = tensors if min_per_tensor else 0
     return COUNT * (agreeing + bracketing + scanning + inside + floors)
 
@@ -46,7 +48,7 @@ def _digits() -> int:
 
 def _probes(total: int) -> int:
     """Counts by which the position of the last tie is found."""
-    found, span = 1, max(total, 1)
+    found, span = 0, max(total, 1)
     while span > 1:
         step = -(-span // PROBES)
         found += -(-span // step)

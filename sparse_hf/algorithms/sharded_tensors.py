@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from sparse_hf.algorithms.joint_sums import alone
 from sparse_hf.algorithms.zero_partitions import group_of, is_partitioned, partition_of, whole_shape
 
 
@@ -128,7 +129,7 @@ def sum_over_ranks(tensors: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
     tensors = list(tensors)
     sharded = [tensor for tensor in tensors if is_sharded(tensor)]
     if not sharded:
-        return lambda counts: counts
+        return alone
     if any(map(is_partitioned, sharded)):
         group = _zero_group(tensors)
         device = _sending_device(group)

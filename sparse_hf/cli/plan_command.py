@@ -14,7 +14,7 @@ from sparse_hf.tickets.configs import Budget
 if TYPE_CHECKING:
     from sparse_hf.training.memory_plan import MemoryPlan
 
-GIB, MIB = 2**30, 2**20
+GIB, MIB, KIB = 2**30, 2**20, 2**10
 
 
 def plan_training(
@@ -57,7 +57,7 @@ def _table(plans: "list[MemoryPlan]") -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     for plan in plans:
         held = (plan.weights, plan.gradients, plan.optimizer, plan.masks, plan.total, plan.mask_update)
-        cells = [*map(_gib, held), f"{plan.sums_sent / MIB:.0f} MiB", _gib(plan.weights_sent)]
+        cells = [*map(_gib, held), _kib_or_mib(plan.sums_sent), _gib(plan.weights_sent)]
         table.add_row(str(plan.processes), plan.strategy, *cells)
     return table
 
@@ -65,3 +65,7 @@ def _table(plans: "list[MemoryPlan]") -> Table:
 def _gib(size: int) -> str:
     gib = size / GIB
     return f"{gib:,.0f}" if gib >= 100 else f"{gib:.1f}" if gib >= 10 else f"{gib:.2f}"
+
+
+def _kib_or_mib(size: int) -> str:
+    return f"{size / KIB:.0f} KiB" if size < MIB else f"{size / MIB:.1f} MiB"

@@ -14,7 +14,7 @@ from sparse_hf.algorithms.budgets import (
     uniform_budget,
 )
 from sparse_hf.algorithms.scores import gradient_scores, random_scores
-from sparse_hf.algorithms.selection import keep_largest
+from sparse_hf.algorithms.selection import keep_largest, keep_largest_each
 from sparse_hf.anatomy.sites import Site
 from sparse_hf.tickets.config_checks import check_choice
 from sparse_hf.tickets.configs import Budget, Score
@@ -65,37 +65,21 @@ def draw_masks(
     scores = _scores(held, parameters, score, gradients, generator)
     candidates = None if previous is None else held.take(previous)
     keep = num_kept(sum(held.layout.numels), sparsity)
-    options = {"min_per_tensor": min_kept_per_site, "absolute": score == "magnitude"}
+    options = {
+        "candidates": candidates,
+        "min_per_tensor": min_kept_per_site,
+        "absolute": score == "magnitude",
+        "names": [site.name for site in sites],
+        "shards": held.layout,
+    }
     if budget == "global":
-        names = [site.name for site in sites]
-        kept = keep_largest(scores, keep, candidates=candidates, names=names, shards=held.layout, **options)
+        kept = keep_largest(scores, keep, **options)
     else:
         capacities = held.totals(candidates) if candidates is not None else held.layout.numels
         counts = _counts([site.shape for site in sites], keep, list(capacities), budget)
-        kept = _keep_by_site(held, scores, counts, candidates, options)
+        kept = keep_largest_each(scores, counts, **options)
     _warn_of_collapse(held, kept)
     return held.join(kept, parameters)
-
-
-def _keep_by_site(
-    held: SitePieces,
-    scores: Sequence[Tensor],
-    counts: Sequence[int],
-    candidates: Sequence[Tensor] | None,
-    options: Mapping[str, object],
-) -> list[Tensor]:
-    kept: list[Tensor] = []  # in the order of the sites, which is that of the pieces
-    for position, count in enumerate(counts):
-        here = [held.numbers[position]] if position in held.numbers else []
-        kept += keep_largest(
-            [scores[number] for number in here],
-            count,
-            candidates=None if candidates is None else [candidates[number] for number in here],
-            names=[held.sites[position].name],
-            shards=held.layout_of(position),
-            **options,
-        )
-    return kept
 
 
 def _warn_of_collapse(held: SitePieces, kept: Sequence[Tensor]) -> None:

@@ -49,11 +49,6 @@ class SitePieces:
         """The number of the piece of each site that has one here, by the site's position."""
         return {piece.position: number for number, piece in enumerate(self.pieces)}
 
-    def layout_of(self, position: int) -> ShardLayout:
-        """Of one site alone."""
-        starts = (self.pieces[self.numbers[position]].start,) if position in self.numbers else ()
-        return ShardLayout((self.layout.numels[position],), (0,) * len(starts), starts, self.layout.all_reduce_sum)
-
     def take(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
         """Each piece in parameters, gradients or masks: sharded ones, or this rank's parts."""
         return [piece.part(local_part(tensors[piece.parameter])) for piece in self.pieces]
@@ -139,4 +134,6 @@ def _piece_of_run(position: int, site: Site, run: Partition) -> SitePiece | None
     first, end = max(site_start, run.start), min(site_start + size, run.start + run.weights.numel())
     if first >= end:
         return None
-    return SitePiece(position, site.parameter, first - site_start, slice(first - run.start, end - run.start))
+    fills_run = end - first == run.weights.numel()  # its mask is then the parameter's, without a copy
+    within = None if fills_run else slice(first - run.start, end - run.start)
+    return SitePiece(position, site.parameter, first - site_start, within)

@@ -43,9 +43,16 @@ def test_as_many_bytes_are_sent_as_foretold(shapes, density, min_per_tensor):
         density = 1.0
     sizes = sent_by(shapes, density, min_per_tensor)
     assert sum(sizes) == bytes_of_selection([torch.Size(shape).numel() for shape in shapes], min_per_tensor)
-    assert max(sizes) <= 512 * 1024
+    assert max(sizes) <= 4096
+    assert len(sizes) <= 20
 
 
-def test_a_model_of_seven_billion_weights_costs_three_megabytes():
-    matrices = [4096 * 4096] * 128 + [4096 * 11008] * 96
-    assert 3 * 2**20 < bytes_of_selection(matrices) < 3.1 * 2**20
+@pytest.mark.parametrize(("small", "large", "of_each"), [(4096, 11008, (128, 96)), (8192, 28672, (320, 240))])
+def test_seven_billion_weights_and_ten_times_as_many_cost_less_than_48_kilobytes(small, large, of_each):
+    matrices = [small * small] * of_each[0] + [small * large] * of_each[1]
+    assert 30_000 < bytes_of_selection(matrices) < 48_000
+
+
+def test_a_budget_per_matrix_costs_six_mebibytes_for_seven_billion_weights():
+    numels = [4096 * 4096] * 128 + [4096 * 11008] * 96
+    assert 5.5 * 2**20 < sum(bytes_of_selection([numel]) for numel in numels) < 6 * 2**20

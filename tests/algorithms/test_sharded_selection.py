@@ -1,8 +1,5 @@
 """Every rank gets its part of the mask that one process would have chosen; ranks are threads here."""
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from unittest import mock
 
 import pytest
@@ -11,71 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from algorithms.naive_selection import assert_same_masks
+from algorithms.thread_ranks import Ranks, deal, joined, on_each_rank
 from sparse_hf.algorithms import global_selection
 from sparse_hf.algorithms.selection import keep_largest
 from sparse_hf.algorithms.shard_layout import ShardLayout
 
 
-class Ranks:
-    """An all-reduce between threads. A rank that does not come breaks the barrier and fails the test."""
-
-    def __init__(self, size):
-        self.size = size
-        self.slots = [None] * size
-        self.barrier = threading.Barrier(size, timeout=20)
-        self.largest = 0
-
-    def all_reduce_sum(self, rank):
-        def reduce(counts):
-            assert counts.dtype == torch.int64
-            self.largest = max(self.largest, counts.numel())
-            self.slots[rank] = counts
-            self.barrier.wait()
-            total = sum(self.slots)
-            self.barrier.wait()
-            return total
-
-        return reduce
-
-    def run(self, function):
-        with ThreadPoolExecutor(self.size) as pool:
-            futures = [pool.submit(function, rank) for rank in range(self.size)]
-            return [future.result() for future in futures]
-
-
-def deal(tensors, cuts):
-    """Cut each whole tensor at its `cuts`; run i of it goes to rank i. (tensor, start, flat piece) per rank."""
-    ranks = [[] for _ in range(len(cuts[0]) + 1)]
-    for index, tensor in enumerate(tensors):
-        bounds = [0, *cuts[index], tensor.numel()]
-        for rank, (start, stop) in enumerate(pairwise(bounds)):
-            ranks[rank].append((index, start, tensor.flatten()[start:stop]))
-    return ranks
-
-
-def sharded_keep_largest(tensors, cuts, num_keep, candidates=None, **options):
-    parts = deal(tensors, cuts)
-    allowed = None if candidates is None else deal(candidates, cuts)
-    ranks = Ranks(len(parts))
-
-    def one_rank(rank):
-        layout = ShardLayout(
-            numels=tuple(tensor.numel() for tensor in tensors),
-            tensors=tuple(index for index, _, _ in parts[rank]),
-            starts=tuple(start for _, start, _ in parts[rank]),
-            all_reduce_sum=ranks.all_reduce_sum(rank),
-        )
-        pieces = [piece for _, _, piece in parts[rank]]
-        own = None if allowed is None else [piece for _, _, piece in allowed[rank]]
-        return keep_largest(pieces, num_keep, candidates=own, shards=layout, **options)
-
-    per_rank = ranks.run(one_rank)
-    assert ranks.largest <= 1 << 16
-    # put the pieces together again: piece i of every rank is the run of tensor i
-    return [
-        torch.cat(pieces).view(tensor.shape)
-        for pieces, tensor in zip(zip(*per_rank, strict=True), tensors, strict=True)
-    ]
+def sharded_keep_largest(tensors, cuts, num_keep, **options):
+    ranks = Ranks(len(cuts[0]) + 1)
+    return joined(on_each_rank(keep_largest, ranks, tensors, cuts, num_keep, **options), tensors)
 
 
 @st.composite
@@ -100,6 +41,7 @@ def test_equals_one_process(sample_size, problem):
     tensors, cuts, num_keep, options = problem
     with (
         mock.patch.object(global_selection, "SAMPLE_SIZE", sample_size),
+        mock.patch.object(global_selection, "UNSAMPLED", 2 * sample_size),
         mock.patch.object(global_selection, "SIGMAS", 0),
     ):
         masks = sharded_keep_largest(tensors, cuts, num_keep, **options)
