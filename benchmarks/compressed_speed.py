@@ -9,12 +9,15 @@ the most that is held at once, in sizes of the tensor; what is given and what is
 dense bytes with level 1, where Python has it (3.14) or `zstandard` is installed. The other bitmask is that of
 compressed-tensors (`pip install compressed-tensors==0.9.4`; later releases have none), where it is installed.
 
+The last table is of `save_compressed(..., zstd=True)`, where `zstandard` is installed.
+
 What loading takes is measured by `compressed_loading.py`.
 """
 
 import argparse
 import functools
 import importlib
+import importlib.util
 import math
 import time
 import tracemalloc
@@ -64,12 +67,8 @@ def shortest(calls: dict[str, Callable], rounds: int) -> dict[str, float]:
 
 def speed_row(dtype: str, sparsity: float, count: int, rounds: int) -> str:
     """A row of the table of speeds and sizes."""
-    random = np.random.default_rng(0)
-    weights = torch.from_numpy(random.standard_normal(count).astype(np.float32))
-    weights = weights.to({"F32": torch.float32, "BF16": torch.bfloat16, "I8": torch.int8}[dtype]).view(torch.uint8)
-    elements = weights.numpy().view(KINDS[dtype]).copy()
-    elements[random.random(count) < sparsity] = 0
-    data = elements.view(np.uint8)
+    data = sparse_tensor(dtype, sparsity, count)
+    elements = data.view(KINDS[dtype])
     copy, stored = np.empty_like(data), np.concatenate(compress_tensor(data, dtype, (count,)))
     back, form = expand_tensor(stored)
     assert (back == data).all()
@@ -113,24 +112,55 @@ def speed_row(dtype: str, sparsity: float, count: int, rounds: int) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def memory_row(dtype: str, sparsity: float) -> str:
-    """The most that is held at once, in tensors; what is given and what is returned count."""
-    count = 1 << 23
+def sparse_tensor(dtype: str, sparsity: float, count: int) -> np.ndarray:
+    """The bytes of random weights, zeros at random places."""
     random = np.random.default_rng(0)
-    elements = random.integers(1, 100, count).astype(KINDS[dtype])
+    weights = torch.from_numpy(random.standard_normal(count).astype(np.float32))
+    weights = weights.to({"F32": torch.float32, "BF16": torch.bfloat16, "I8": torch.int8}[dtype]).view(torch.uint8)
+    elements = weights.numpy().view(KINDS[dtype]).copy()
     elements[random.random(count) < sparsity] = 0
-    data = elements.view(np.uint8)
-    stored = np.concatenate(compress_tensor(data, dtype, (count,)))
+    return elements.view(np.uint8)
+
+
+def coded_row(dtype: str, sparsity: float, count: int, rounds: int) -> str:
+    """A row of the table of values coded by zstd."""
+    data = sparse_tensor(dtype, sparsity, count)
+    plain = sum(map(len, compress_tensor(data, dtype, (count,)) or [data]))
+    stored = np.concatenate(compress_tensor(data, dtype, (count,), zstd=True))
+    back, form = expand_tensor(stored)
+    assert (back == data).all()
+    copy = np.empty_like(data)
+    calls = {
+        "memcpy": lambda: np.copyto(copy, data),
+        "compress": lambda: compress_tensor(data, dtype, (count,), zstd=True),
+        "expand": lambda: expand_tensor(stored),
+    }
+    seconds = shortest(calls, rounds)
+    cells = [dtype, f"{sparsity:.0%}", form.full_name, f"{len(stored) / len(data):.3f}", f"{len(stored) / plain:.3f}"]
+    cells += [f"{seconds['memcpy'] / seconds[name]:.3f}" for name in ("compress", "expand")]
+    return f"| {' | '.join(cells + held_at_once(data, dtype, count, zstd=True))} |"
+
+
+def memory_row(dtype: str, sparsity: float) -> str:
+    """What `held_at_once` finds."""
+    count = 1 << 23
+    held = held_at_once(sparse_tensor(dtype, sparsity, count), dtype, count)
+    return f"| {dtype} | {sparsity:.0%} | {' | '.join(held)} |"
+
+
+def held_at_once(data: np.ndarray, dtype: str, count: int, zstd: bool = False) -> list[str]:
+    """The most that is held at once in compressing and in expanding, in tensors; what is given and returned counts."""
+    stored = np.concatenate(compress_tensor(data, dtype, (count,), zstd))
     held = []
     for given, call in (
-        (data, lambda: compress_tensor(data, dtype, (count,))),
+        (data, lambda: compress_tensor(data, dtype, (count,), zstd)),
         (stored, lambda: expand_tensor(stored)),
     ):
         tracemalloc.start()
         call()
         held.append((len(given) + tracemalloc.get_traced_memory()[1]) / len(data))
         tracemalloc.stop()
-    return f"| {dtype} | {sparsity:.0%} | {held[0]:.2f} | {held[1]:.2f} |"
+    return [f"{one:.2f}" for one in held]
 
 
 def main() -> None:
@@ -160,6 +190,13 @@ def main() -> None:
     for dtype in options.dtypes:
         for sparsity in (SPARSITIES[0], SPARSITIES[2]):
             print(memory_row(dtype, sparsity), flush=True)
+    if importlib.util.find_spec("zstandard"):
+        head = ["dtype", "sparsity", "form", "size / dense", "size / without zstd", "compress", "expand"]
+        head += ["memory of compressing, tensors", "of expanding"]
+        print(f"\n| {' | '.join(head)} |\n|{' --- |' * len(head)}")
+        for dtype in options.dtypes:
+            for sparsity in (0.0, *SPARSITIES):
+                print(coded_row(dtype, sparsity, options.elements, min(options.rounds, 5)), flush=True)
 
 
 if __name__ == "__main__":

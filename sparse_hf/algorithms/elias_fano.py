@@ -6,17 +6,17 @@ set. At 90 to 95 % sparsity this takes 9 to 12 % more than the entropy of the ma
 bits.
 """
 
-import functools
-
 import numpy as np
 import torch
 
-from sparse_hf.algorithms.nonzeros import BLOCK, for_scatter, kept_indices, marked_positions, scatter
+from sparse_hf.algorithms.nonzeros import BLOCK, are_few, for_scatter, kept_blocks, marked_positions, ramp, scatter
 
 
 # A longer low part would save nothing worth having, and this bounds how much a small file can claim to be: the bitmap
 # has at least a bit for 32 elements.
 MOST_LOW_BITS = 5
+
+_NOTHING = np.empty(0, np.uint8)  # so that there is something to concatenate
 
 
 def low_bits(size: int, count: int) -> int:
@@ -30,39 +30,38 @@ def code_bytes(size: int, count: int) -> int:
     return width * _plane_bytes(count) + -(-_unary_bits(size, count, width) // 8)
 
 
-def compress_elias_fano(elements: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+def compress_elias_fano(elements: np.ndarray, count: int) -> tuple[list[np.ndarray], np.ndarray]:
     """The elements that are not zero, and the code of their indices.
 
     Args:
         elements: 1-D, unsigned integers.
-        count: how many of them are not zero.
+        count: about how many of them are not zero; if that misleads, the work is done twice.
 
     Returns:
-        `count` values; uint8 of `code_bytes(n, count)` bytes: bit planes of the low parts, lowest first, each of
-        ceil(count / 8) bytes, then the unary bitmap. Lowest bit first, spare bits zero.
+        The values, in pieces; uint8 of `code_bytes(n, values)` bytes: bit planes of the low parts, lowest first, each
+        of ceil(values / 8) bytes, then the unary bitmap. Lowest bit first, spare bits zero.
     """
     width = low_bits(len(elements), count)
-    values = np.empty(count, elements.dtype)
-    low = np.empty(count, np.uint8)
-    unary = np.zeros(_unary_bits(len(elements), count, width), np.uint8)
-    target = for_scatter(unary)
-    ones = torch.ones(BLOCK, dtype=torch.uint8, device=target.device)  # whatever the default device is
-    ramp = _ramp(BLOCK)
-    done = 0
-    for start, indices in kept_indices(elements, values):
-        end = done + len(indices)
-        low[done:end] = indices  # the lowest eight bits, of which `width` count
-        indices >>= width
-        indices += ramp[: len(indices)]
-        # `start` is a multiple of every 1 << width
-        scatter(target[(start >> width) + done :], indices, ones[: len(indices)])
-        done = end
+    values, lows, unaries, done = [], [_NOTHING], [_NOTHING], 0
+    ones = torch.ones(BLOCK, dtype=torch.uint8, device="cpu")  # whatever the default device is
+    for block in kept_blocks(elements, are_few(count, len(elements))):
+        kept, places = len(block.values), block.positions
+        values.append(block.values)
+        lows.append(places.astype(np.uint8))  # the lowest eight bits, of which `width` count
+        places >>= width  # as each block begins at a multiple of 1 << width
+        places += ramp(kept)
+        unaries.append(np.zeros(kept + (len(block.flags) >> width), np.uint8))
+        scatter(for_scatter(unaries[-1]), places, ones[:kept])
+        done += kept
+    if low_bits(len(elements), done) != width:
+        return compress_elias_fano(elements, done)
+    low, unary = np.concatenate(lows), np.concatenate(unaries)[: _unary_bits(len(elements), done, width)]
     planes = [np.packbits(low & (1 << plane), bitorder="little") for plane in range(width)]
     return values, np.concatenate([*planes, np.packbits(unary, bitorder="little")])
 
 
 def expand_elias_fano(values: np.ndarray, code: np.ndarray, out: np.ndarray) -> None:
-    """Undo `compress_elias_fano` into `out`, n zeros of the dtype of `values`.
+    """Undo `compress_elias_fano` into `out`, n elements of the dtype of `values`, whatever they are.
 
     Raises:
         ValueError: the code does not say as many indices as there are values, or one that is repeated, falls or is
@@ -72,33 +71,29 @@ def expand_elias_fano(values: np.ndarray, code: np.ndarray, out: np.ndarray) -> 
     plane_bytes = _plane_bytes(count)
     planes, unary = code[: width * plane_bytes].reshape(width, plane_bytes), code[width * plane_bytes :]
     _check_spare_bits(planes, unary, count, _unary_bits(len(out), count, width))
-    done, last, ramp = 0, -1, _ramp(BLOCK)
+    done, last, few = 0, -1, are_few(count, 8 * len(unary))
     target, source = for_scatter(out), for_scatter(values)
     for start in range(0, len(unary), BLOCK // 8):
         flags = np.unpackbits(unary[start : start + BLOCK // 8], bitorder="little").view(bool)
-        indices = marked_positions(flags)
+        indices = marked_positions(flags, few)
         end = done + len(indices)
         if end > count:
             raise ValueError(f"the code says more indices than the {count} values that are there")
         if done == end:
             continue
         first = (8 * start - done) << width  # what the clear bits before this block come to
-        indices -= ramp[: len(indices)]
+        indices -= ramp(len(indices))
         if width:
             indices <<= width
             indices |= _low_parts(planes, done, end)
         if first + indices[0] <= last or first + indices[-1] >= len(out) or (indices[1:] <= indices[:-1]).any():
             raise ValueError(f"the code says indices that do not rise or are not below {len(out)}")
+        out[last + 1 : first + indices[-1] + 1] = 0
         scatter(target[first:], indices, source[done:end])
         done, last = end, first + indices[-1]
     if done != count:
         raise ValueError(f"the code says {done} indices for {count} values")
-
-
-@functools.cache
-def _ramp(length: int) -> np.ndarray:
-    """0, 1, 2, ...; made once, as that takes longer than using it."""
-    return np.arange(length)
+    out[last + 1 :] = 0
 
 
 def _low_parts(planes: np.ndarray, first: int, end: int) -> np.ndarray:

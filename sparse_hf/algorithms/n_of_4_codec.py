@@ -42,7 +42,7 @@ def obeys_n_of_4(elements: np.ndarray, count: int) -> bool:
     return True
 
 
-def compress_n_of_4(elements: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+def compress_n_of_4(elements: np.ndarray, count: int) -> tuple[list[np.ndarray], np.ndarray]:
     """The elements that are not zero, and the code of their places.
 
     Args:
@@ -50,19 +50,20 @@ def compress_n_of_4(elements: np.ndarray, count: int) -> tuple[np.ndarray, np.nd
         count: how many of them are not zero.
 
     Returns:
-        `count` values; uint8 of `code_bytes(n, count)` bytes. The first group of a byte is its lowest digit, to the
-        base of the number of patterns; digits beyond the last group are 0.
+        The values, in pieces; uint8 of `code_bytes(n, count)` bytes. The first group of a byte is its lowest digit,
+        to the base of the number of patterns; digits beyond the last group are 0.
     """
     kept = kept_of_4(len(elements), count)
     digit_of = np.zeros(16, np.uint8)
     digit_of[PATTERNS[kept]] = range(len(PATTERNS[kept]))
     per_byte = GROUPS_PER_BYTE[kept]
-    values = np.empty(count, elements.dtype)
+    values = []
     digits = np.zeros(per_byte * code_bytes(len(elements), count), np.uint8)
-    for start, flags in kept_blocks(elements, values):
-        pairs = np.packbits(flags, bitorder="little")
-        halves = np.stack([pairs & 15, pairs >> 4], axis=1).ravel()[: len(flags) // 4]
-        digits[start // 4 : start // 4 + len(halves)] = digit_of[halves]
+    for block in kept_blocks(elements, few=False):
+        pairs = np.packbits(block.flags, bitorder="little")
+        halves = np.stack([pairs & 15, pairs >> 4], axis=1).ravel()[: len(block.flags) // 4]
+        digits[block.start // 4 : block.start // 4 + len(halves)] = digit_of[halves]
+        values.append(block.values)
     weights = len(PATTERNS[kept]) ** np.arange(per_byte)
     return values, digits.reshape(-1, per_byte) @ weights.astype(np.uint8)
 

@@ -4,7 +4,9 @@ Zero is an element whose bits are all zero, so elements are looked at as unsigne
 every other pattern come back as they were, whatever the dtype. Work goes in blocks that stay in the processor's cache.
 """
 
+import functools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,115 +14,121 @@ import torch
 
 BLOCK = 1 << 18  # elements; a multiple of 8
 
-# Below this density groups of four without a mark are dropped before marks are looked for.
-FEW_MARKS = 0.15
+# Below this density groups of four flags without a mark are dropped before marks are looked for.
+FEW_MARKS = 0.09
+
+# numpy's search takes twice as long where a tenth or fewer are marked, so as many marks are added to a block.
+ADDED_MARKS = 1 << 12
 
 # torch has no operations on most unsigned integers; bits are the same.
 _SIGNED = {1: np.dtype("u1"), 2: np.dtype("i2"), 4: np.dtype("i4"), 8: np.dtype("i8")}
 
 
-def kept_blocks(elements: np.ndarray, values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Fill `values` with the elements that are not zero, block by block.
+class KeptBlock(NamedTuple):
+    """What is kept of a block.
+
+    Attributes:
+        start: index of the block's first element.
+        flags: bool, True = kept; only good until the next block.
+        positions: int64, the indices in the block of what is kept.
+        values: what is kept.
+    """
+
+    start: int
+    flags: np.ndarray
+    positions: np.ndarray
+    values: np.ndarray
+
+
+def kept_blocks(elements: np.ndarray, few: bool) -> Iterator[KeptBlock]:
+    """The elements that are not zero, block by block.
 
     Args:
         elements: 1-D, unsigned integers.
-        values: as many elements of the same dtype as are not zero.
-
-    Yields:
-        Of each block its first index and its flags (bool, True = kept; only good until the next block).
+        few: as in `marked_positions`.
     """
-    flags = np.empty(min(BLOCK, len(elements)), bool)
-    kept = 0
+    flags = np.empty(BLOCK + ADDED_MARKS, bool)
     for start in range(0, len(elements), BLOCK):
         block = elements[start : start + BLOCK]
         marks = np.not_equal(block, 0, out=flags[: len(block)])
-        kept += _take(block, marked_positions(marks), values[kept:])
-        yield start, marks
-
-
-def kept_indices(elements: np.ndarray, values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """As `kept_blocks`, but with the indices of what is kept instead of flags, counted from the first of the block."""
-    kept, group = 0, 8 // elements.itemsize  # elements in eight bytes
-    for start in range(0, len(elements), BLOCK):
-        block = elements[start : start + BLOCK]
-        if group < 4 or len(block) % group or len(values) > FEW_MARKS * len(elements):
-            indices = marked_positions(block != 0)
-            kept += _take(block, indices, values[kept:])
+        if few:
+            positions = marked_positions(marks, few)
         else:
-            some, few = _without_empty(block.view(np.uint64))
-            few = few.view(elements.dtype)
-            within = (few != 0).nonzero()[0]
-            kept += _take(few, within, values[kept:])
-            indices = _whole_positions(some, within, group)
-        yield start, indices
+            flags[len(block) : len(block) + ADDED_MARKS] = True
+            positions = flags[: len(block) + ADDED_MARKS].nonzero()[0][:-ADDED_MARKS]
+        yield KeptBlock(start, marks, positions, block.take(positions, mode="wrap"))  # "raise" would buffer
 
 
-def compress_bitmask(elements: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+def compress_bitmask(elements: np.ndarray, count: int) -> tuple[list[np.ndarray], np.ndarray]:
     """The elements that are not zero, and one bit per element: element `i` is bit `i % 8` of byte `i // 8`.
 
     Args:
         elements: 1-D, unsigned integers.
-        count: how many of them are not zero.
+        count: about how many of them are not zero.
 
     Returns:
-        `count` values; uint8 of ceil(n / 8) bytes, spare bits zero.
+        The values, in pieces; uint8 of ceil(n / 8) bytes, spare bits zero.
     """
-    values = np.empty(count, elements.dtype)
+    values = []
     bits = np.empty(-(-len(elements) // 8), np.uint8)
-    for start, flags in kept_blocks(elements, values):
-        bits[start // 8 : (start + len(flags) + 7) // 8] = np.packbits(flags, bitorder="little")
+    for block in kept_blocks(elements, are_few(count, len(elements))):
+        bits[block.start // 8 : (block.start + len(block.flags) + 7) // 8] = np.packbits(
+            block.flags, bitorder="little"
+        )
+        values.append(block.values)
     return values, bits
 
 
 def expand_bitmask(values: np.ndarray, bits: np.ndarray, out: np.ndarray) -> None:
-    """Undo `compress_bitmask` into `out`, n zeros of the dtype of `values`.
+    """Undo `compress_bitmask` into `out`, n elements of the dtype of `values`, whatever they are.
 
     Raises:
         ValueError: the bits do not say as many as there are values, or a spare bit is set.
     """
     used, target, source = 0, for_scatter(out), for_scatter(values)
+    few = are_few(len(values), len(out))
     for start in range(0, len(out), BLOCK):
         size = min(BLOCK, len(out) - start)
         coded = bits[start // 8 : (start + size + 7) // 8]
         if size % 8 and int(coded[-1]) >> (size % 8):
             raise ValueError("a spare bit of the bitmask is set")
-        positions = marked_positions(np.unpackbits(coded, count=size, bitorder="little").view(bool))
+        positions = marked_positions(np.unpackbits(coded, count=size, bitorder="little").view(bool), few)
         if used + len(positions) > len(values):
             raise ValueError(f"the bitmask marks more than the {len(values)} values that are there")
+        out[start : start + size] = 0  # just before it is needed, which is faster than all at once
         scatter(target[start : start + size], positions, source[used : used + len(positions)])
         used += len(positions)
     if used != len(values):
         raise ValueError(f"the bitmask marks {used} of the {len(values)} values that are there")
 
 
-def marked_positions(flags: np.ndarray) -> np.ndarray:
-    """The indices (int64) where the 1-D bool array is True."""
-    if len(flags) % 4 or np.count_nonzero(flags) > FEW_MARKS * len(flags):
+def are_few(count: int, size: int) -> bool:
+    """Whether `marked_positions` is faster with `few`, for `count` marks among `size` flags."""
+    return count < FEW_MARKS * size
+
+
+def marked_positions(flags: np.ndarray, few: bool) -> np.ndarray:
+    """The indices (int64) where the 1-D bool array is True, found faster with `few` if `are_few` says so."""
+    if not few or len(flags) % 4:
         return flags.nonzero()[0]
     # The search takes as long for every False as for a True, and where marks are rare longer; so drop groups without.
-    some, groups = _without_empty(flags.view(np.uint32))
-    return _whole_positions(some, groups.view(bool).nonzero()[0], 4)
-
-
-def _take(elements: np.ndarray, positions: np.ndarray, out: np.ndarray) -> int:
-    """Copy the elements at these positions to the beginning of `out`; returns how many."""
-    elements.take(positions, out=out[: len(positions)], mode="wrap")  # "raise" would buffer
-    return len(positions)
-
-
-def _without_empty(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The indices of the integers that are not zero, and these."""
+    groups = flags.view(np.uint32)
     some = (groups != 0).nonzero()[0]
-    return some, groups.take(some, mode="wrap")
-
-
-def _whole_positions(some: np.ndarray, within: np.ndarray, group: int) -> np.ndarray:
-    """Where positions within the groups `some`, of 4 or 8 elements, are among all groups; overwrites both."""
-    some *= group
-    positions = some.take(within >> (group.bit_length() - 1), mode="wrap")
-    within &= group - 1
-    positions |= within
+    positions = groups.take(some, mode="wrap").view(bool).nonzero()[0]
+    some -= ramp(len(some))  # how many groups were dropped before each
+    some <<= 2
+    positions += some.take(positions >> 2, mode="wrap")
     return positions
+
+
+def ramp(length: int) -> np.ndarray:
+    """0, 1, 2, ..., at most a block; not to be written."""
+    return _whole_ramp()[:length]
+
+
+@functools.cache
+def _whole_ramp() -> np.ndarray:
+    return np.arange(BLOCK)  # made once, as that takes longer than using it
 
 
 def for_scatter(elements: np.ndarray) -> torch.Tensor:

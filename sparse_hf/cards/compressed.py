@@ -37,7 +37,7 @@ def compressed_facts(config: dict, folder: Path) -> CompressedFacts | None:
     if not is_compressed(folder):
         return CompressedFacts(facts, (), None)
     forms = read_forms(folder)
-    facts |= {"forms": dict(Counter(one.form for one in forms.values()))}
+    facts |= {"forms": dict(Counter(one.full_name for one in forms.values()))}
     facts |= {"bytes": sum(one.length for one in forms.values())}
     facts |= {"dense_bytes": sum(one.dense_bytes for one in forms.values())}
     counted = {name: one for name, one in forms.items() if one.nonzeros is not None and len(one.shape) >= 2}

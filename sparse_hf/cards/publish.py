@@ -1,6 +1,7 @@
 """A folder goes to the Hub, with a card that says what is in it."""
 
 from pathlib import Path
+from typing import Literal
 
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
@@ -17,7 +18,7 @@ def publish(
     private: bool | None = None,
     token: str | bool | None = None,
     commit_message: str = "Upload by sparse_hf",
-    compressed: bool = False,
+    compressed: bool | Literal["zstd"] = False,
 ) -> str:
     """Upload the folder of a model, ticket or adapter with a model card, and create the repository if needed.
 
@@ -30,7 +31,7 @@ def publish(
         repo_id: such as "me/bert-sst2-60".
         private: visibility of a new repository.
         compressed: upload what `save_compressed` makes of the folder, which stays as it is and gets no card. What is
-            uploaded is first written to the system's folder for temporary files (`TMPDIR`).
+            uploaded is first written to the system's folder for temporary files (`TMPDIR`). "zstd": values coded too.
 
     Returns:
         The address of the commit.
@@ -42,7 +43,7 @@ def publish(
     """
     folder = Path(folder)
     if compressed and not is_compressed(folder):
-        with compressed_copy(folder) as small:
+        with compressed_copy(folder, compressed == "zstd") as small:
             return publish(small, repo_id, private, token, commit_message)
     repo_id = HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
     write_card(folder, repo_id, token=token)

@@ -19,8 +19,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparse_hf.hub.expand_step import Expand, ExpandAhead, is_stored_tensor
 from sparse_hf.storage.compressed_checkpoint import COMPRESSED_FILE, COMPRESSED_INDEX, FORMAT, QUANT_METHOD, forms_of
-from sparse_hf.storage.compressed_tensor import is_stored_like
+from sparse_hf.storage.stored_form import is_stored_like
 from sparse_hf.storage.tensor_headers import read_header
+from sparse_hf.storage.value_coding import check_zstd
 
 
 WEIGHT_FILES = (COMPRESSED_FILE, COMPRESSED_INDEX)
@@ -83,7 +84,9 @@ class CompressedQuantizer(HfQuantizer):
         wanted = model.state_dict()
         self._shapes = {name: tensor.shape for name, tensor in wanted.items() if isinstance(tensor, Tensor)}
         for file in checkpoint_files:
-            forms_of(read_header(Path(file)).values())  # refuses what is damaged, before anything is loaded
+            forms = forms_of(read_header(Path(file)).values())  # refuses what is damaged, before anything is loaded
+            if any(form.planes for form in forms.values()):
+                check_zstd()
         # Fused matrices that are split while they are read are larger than any parameter, but not than all of them.
         most = sum(tensor.numel() for tensor in wanted.values() if isinstance(tensor, Tensor))
         self._expand = Expand(wanted, model._get_dtype_plan(model.config.dtype), most)

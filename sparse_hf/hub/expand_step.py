@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter, build_glob_alternation
 
-from sparse_hf.storage.compressed_tensor import LONGEST_HEAD, StoredForm, expand_tensor, read_form
+from sparse_hf.storage.compressed_tensor import expand_tensor
+from sparse_hf.storage.stored_form import LONGEST_HEAD, StoredForm, read_form
 from sparse_hf.storage.torch_dtypes import TORCH_DTYPES
 
 

@@ -12,7 +12,10 @@ from sparse_hf.storage.save_lock import only_saver
 
 
 def save_compressed(
-    model_or_folder: PreTrainedModel | str | Path, path: str | Path, max_shard_size: str | int = "5GB"
+    model_or_folder: PreTrainedModel | str | Path,
+    path: str | Path,
+    max_shard_size: str | int = "5GB",
+    zstd: bool = False,
 ) -> Path:
     """Save a sparse model without its zeros, for `AutoModel....from_pretrained(path)` where sparse_hf is imported.
 
@@ -24,6 +27,8 @@ def save_compressed(
             card and masks come along. A model is first saved densely to a temporary folder beside `path`.
         path: a new folder, or one that holds an older compressed checkpoint, which is replaced.
         max_shard_size: of the dense shards; each becomes one compressed file. Only for a model.
+        zstd: code the values too, and what has no zeros: a third smaller in bf16, a sixth in fp32, and slower both
+            ways. Whoever writes or reads it needs the package `zstandard`.
 
     Returns:
         `path`.
@@ -33,17 +38,18 @@ def save_compressed(
         FileExistsError: `path` holds something else, or another process is saving there.
         ValueError: the checkpoint is quantized, damaged or hostile.
         OSError: the disk is full or not writable; an older checkpoint survives.
+        ImportError: `zstandard` is wanted and not installed.
     """
     if isinstance(model_or_folder, PreTrainedModel):
 
         def write(new: Path) -> None:
             dense = new.parent / "dense"
             model_or_folder.save_pretrained(dense, max_shard_size=max_shard_size)
-            compress_folder(dense, new)
+            compress_folder(dense, new, zstd)
 
         return _save(Path(path), write)
     source = _source_folder(model_or_folder, path)
-    return _save(Path(path), lambda new: compress_folder(source, new))
+    return _save(Path(path), lambda new: compress_folder(source, new, zstd))
 
 
 def save_dense(folder: str | Path, path: str | Path) -> Path:

@@ -8,8 +8,8 @@ the form finds no weight of the right shape.
 from collections.abc import Iterable
 from pathlib import Path
 
-from sparse_hf.storage.compressed_tensor import LONGEST_HEAD, StoredForm, is_stored_like, read_form
 from sparse_hf.storage.piece_bytes import SourceFiles
+from sparse_hf.storage.stored_form import LONGEST_HEAD, StoredForm, is_stored_like, read_form
 from sparse_hf.storage.tensor_headers import StoredTensor, read_headers
 
 

@@ -13,6 +13,7 @@ from sparse_hf.storage.durable import clear_disk_errors, write_json
 from sparse_hf.storage.file_names import CONFIG_FILE, UNITS_FILE
 from sparse_hf.storage.mask_file import MASKS_FILE
 from sparse_hf.storage.tensor_headers import read_headers
+from sparse_hf.storage.value_coding import check_zstd
 
 
 # Beside the weights and the config these come along: text, tokenizers, pictures, code that the config names, masks.
@@ -25,17 +26,21 @@ LEFT_BEHIND = {CONFIG_FILE, "trainer_state.json", "optimizer.json"}
 CONFIG_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-def compress_folder(source: Path, new: Path) -> None:
+def compress_folder(source: Path, new: Path, zstd: bool = False) -> None:
     """Write the dense checkpoint in `source`, with what belongs to it, to `new` without its zeros.
 
     Args:
         new: an existing, empty folder.
+        zstd: code the values too.
 
     Raises:
+        ImportError: `zstandard` is wanted and not installed.
         FileNotFoundError: the folder holds no dense safetensors checkpoint with a config.
         ValueError: it is quantized, compressed already, damaged or hostile.
         OSError: the disk is full or not writable.
     """
+    if zstd:
+        check_zstd()
     if not (source / CONFIG_FILE).is_file():
         raise FileNotFoundError(
             f"`{source}` must hold a model in safetensors and its `{CONFIG_FILE}`, which is not there. Tickets and "
@@ -48,7 +53,7 @@ def compress_folder(source: Path, new: Path) -> None:
             f"`{source}` is quantized or compressed already ({found.get('quant_method')!r}). Pass a plain checkpoint."
         )
     _copy_companions(source, new)
-    weights = compress_weights(source, new)
+    weights = compress_weights(source, new, zstd)
     config.pop("transformers_weights", None)
     if not config.keys() & {"dtype", "torch_dtype"}:  # a loader would guess it from weights that it cannot read
         config["dtype"] = _first_dtype(source)
@@ -57,15 +62,15 @@ def compress_folder(source: Path, new: Path) -> None:
 
 
 @contextlib.contextmanager
-def compressed_copy(source: Path) -> Iterator[Path]:
+def compressed_copy(source: Path, zstd: bool = False) -> Iterator[Path]:
     """`compress_folder` into a temporary folder, which is gone afterwards.
 
     Raises:
-        FileNotFoundError, ValueError, OSError: as `compress_folder`.
+        FileNotFoundError, ValueError, OSError, ImportError: as `compress_folder`.
     """
     with tempfile.TemporaryDirectory() as scratch:
         with clear_disk_errors(Path(scratch)):
-            compress_folder(source, Path(scratch))
+            compress_folder(source, Path(scratch), zstd)
         yield Path(scratch)
 
 

@@ -1,69 +1,41 @@
-"""One tensor without its zeros, as bytes that say themselves what they are.
+"""One tensor without its zeros, as bytes that say themselves what they are (`stored_form`), and back."""
 
-A stored tensor is uint8 and 1-D: a head, the kept values, the code of where they go; each part ends at a multiple of
-8 bytes. All lengths follow from the head, so a file that claims more than it holds is refused before anything is
-allocated. Reading trusts nothing.
-"""
-
-import math
-import reprlib
 import struct
-from dataclasses import dataclass
 
 import numpy as np
 
-from sparse_hf.algorithms import elias_fano, n_of_4_codec
 from sparse_hf.algorithms.elias_fano import compress_elias_fano, expand_elias_fano
 from sparse_hf.algorithms.n_of_4_codec import compress_n_of_4, expand_n_of_4, kept_of_4, obeys_n_of_4
 from sparse_hf.algorithms.nonzeros import compress_bitmask, expand_bitmask
-from sparse_hf.storage.tensor_headers import DTYPE_BITS, MOST_DIMENSIONS
+from sparse_hf.storage.stored_form import (
+    ELEMENTS,
+    HEAD,
+    LONGEST_HEAD,
+    MAGIC,
+    ZSTD,
+    StoredForm,
+    code_bytes,
+    damaged,
+    is_stored_like,
+    places,
+    read_form,
+)
+from sparse_hf.storage.tensor_headers import DTYPE_BITS
+from sparse_hf.storage.value_coding import code_values, decode_values
 
 
-MAGIC = b"sparsehf"
-HEAD = struct.Struct(
-    "<8s16s16sQQ"
-)  # magic, form, dtype, number of dimensions, kept values; then 8 bytes per dimension
-LONGEST_HEAD = HEAD.size + 8 * MOST_DIMENSIONS
-ELEMENTS = {8: np.dtype("u1"), 16: np.dtype("<u2"), 32: np.dtype("<u4"), 64: np.dtype("<u8")}  # bits -> looked at as
-
-# Forms. "plain" keeps everything: a 1-D uint8 tensor, which a reader could not tell from a stored one, is stored so.
 COMPRESSORS = {"bitmask": compress_bitmask, "n_of_4": compress_n_of_4, "elias_fano": compress_elias_fano}
 EXPANDERS = {"bitmask": expand_bitmask, "n_of_4": expand_n_of_4, "elias_fano": expand_elias_fano}
 
+NOTHING = np.empty(0, np.uint8)
 LEAST_SAVING = 1 / 16  # of the dense size; below, a tensor stays dense
+SAMPLED = 1 << 16  # elements, the first sixteenth of which is counted to guess how many are not zero
 LEAST_GAIN = 1 / 32  # of the size as a bitmask, which is written and read faster at moderate sparsity
 
 
-@dataclass(frozen=True)
-class StoredForm:
-    """How a tensor is stored.
-
-    Attributes:
-        form: "bitmask", "n_of_4", "elias_fano", "plain", or "dense" for a tensor that is stored as it is.
-        dtype: of the tensor itself, as safetensors spells it.
-        shape: of the tensor itself.
-        nonzeros: elements kept; None for "dense" and "plain", where nobody counted.
-        length: bytes on disk.
-    """
-
-    form: str
-    dtype: str
-    shape: tuple[int, ...]
-    nonzeros: int | None
-    length: int
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def dense_bytes(self) -> int:
-        """What the tensor takes with its zeros."""
-        return self.size * DTYPE_BITS[self.dtype] // 8
-
-
-def compress_tensor(data: np.ndarray, dtype: str, shape: tuple[int, ...]) -> list[np.ndarray] | None:
+def compress_tensor(
+    data: np.ndarray, dtype: str, shape: tuple[int, ...], zstd: bool = False
+) -> list[np.ndarray] | None:
     """The stored form of a tensor, in parts to be written one after the other; None if it should stay dense.
 
     Besides `data` and the parts little is allocated.
@@ -71,15 +43,18 @@ def compress_tensor(data: np.ndarray, dtype: str, shape: tuple[int, ...]) -> lis
     Args:
         data: uint8, 1-D: the tensor's bytes in row-major order.
         dtype: as safetensors spells it.
+        zstd: code the values too.
     """
     if is_stored_like(dtype, shape):
-        return _parts("plain", dtype, shape, len(data), data, np.empty(0, np.uint8))
+        return _parts("plain", dtype, shape, [data], NOTHING, zstd)
     if DTYPE_BITS[dtype] not in ELEMENTS or not len(data):
         return None
     elements = data.view(ELEMENTS[DTYPE_BITS[dtype]])
-    count = int(np.count_nonzero(elements))
-    form = _best_form(elements, count, dtype, shape)
-    return form and _parts(form, dtype, shape, count, *COMPRESSORS[form](elements, count))
+    found = _without_zeros(elements, dtype, shape)
+    if found is not None:
+        return _parts(found[0], dtype, shape, *found[1:], zstd)
+    parts = _parts("plain", dtype, shape, [elements], NOTHING, zstd) if zstd else []
+    return parts if parts and sum(map(len, parts)) <= (1 - LEAST_SAVING) * len(data) else None
 
 
 def expand_tensor(stored: np.ndarray, most_elements: int | None = None) -> tuple[np.ndarray, StoredForm]:
@@ -91,81 +66,56 @@ def expand_tensor(stored: np.ndarray, most_elements: int | None = None) -> tuple
 
     Raises:
         ValueError: truncated, damaged or hostile.
+        ImportError: values are coded by zstd, and `zstandard` is not installed.
     """
     form = read_form(stored[:LONGEST_HEAD].tobytes(), len(stored), most_elements)
-    values_begin, code_begin = _places(form)
-    if form.form == "plain":
-        return stored[values_begin : values_begin + form.dense_bytes].copy(), form
+    values_begin, values_end, code_begin = places(form)
     kind = ELEMENTS[DTYPE_BITS[form.dtype]]
-    values_end = values_begin + form.nonzeros * kind.itemsize
-    code = stored[code_begin : code_begin + _code_bytes(form.form, form.size, form.nonzeros)]
+    code = stored[code_begin : code_begin + code_bytes(form.form, form.size, form.nonzeros)]
     if stored[values_end:code_begin].any() or stored[code_begin + len(code) :].any():
-        raise _damaged("its padding is not zero")
-    out = np.zeros(form.size, kind)  # fresh from the system, which need not be cleared again
+        raise damaged("its padding is not zero")
+    values = stored[values_begin:values_end]
     try:
-        EXPANDERS[form.form](stored[values_begin:values_end].view(kind), code, out)
+        values = _decoded(values, form, kind) if form.planes else values.view(kind)
+        if form.form == "plain":
+            return (values if form.planes else values.copy()).view(np.uint8), form
+        out = np.empty(form.size, kind)
+        EXPANDERS[form.form](values, code, out)
     except ValueError as error:
-        raise _damaged(str(error)) from error
+        raise damaged(str(error)) from error
     return out.view(np.uint8), form
 
 
-def read_form(head: bytes, length: int, most_elements: int | None = None) -> StoredForm:
-    """What a stored tensor is, from its first `LONGEST_HEAD` bytes, or all if it has fewer.
+def _without_zeros(
+    elements: np.ndarray, dtype: str, shape: tuple[int, ...]
+) -> tuple[str, list[np.ndarray], np.ndarray] | None:
+    """The form, the values in pieces, and the code of where they go; None if the tensor should stay dense.
 
-    Args:
-        length: of the whole stored tensor.
-        most_elements: as in `expand_tensor`.
-
-    Raises:
-        ValueError: it cannot be a tensor of ours of that length.
+    The form is the best for the guessed number of values at first, and, if this misled, for the number found.
     """
-    if len(head) < HEAD.size:
-        raise _damaged(f"{len(head)} bytes are too few")
-    magic, form, dtype, dimensions, count = HEAD.unpack_from(head)
-    form, dtype = (text.rstrip(b"\0").decode("latin-1") for text in (form, dtype))
-    if magic != MAGIC:
-        raise _damaged(f"it begins with {magic!r} instead of {MAGIC!r}")
-    if form not in EXPANDERS and form != "plain":
-        raise _damaged(f"its form must be one of {', '.join(EXPANDERS)}, plain, got {form!r}")
-    if DTYPE_BITS.get(dtype) not in ELEMENTS:
-        raise _damaged(f"its dtype is {dtype!r}")
-    if dimensions > MOST_DIMENSIONS or len(head) < HEAD.size + 8 * dimensions:
-        raise _damaged(f"it cannot have {dimensions} dimensions")
-    shape = struct.unpack_from(f"<{dimensions}Q", head, HEAD.size)
-    size = math.prod(shape)
-    if size >= 2**48 or (most_elements is not None and size > most_elements):
-        raise _damaged(f"a shape of {reprlib.repr(list(shape))} is larger than any that belongs here")
-    problem = _count_problem(form, dtype, shape, count)
-    if problem:
-        raise _damaged(problem)
-    found = StoredForm(form, dtype, shape, None if form == "plain" else count, length)
-    code_bytes = _code_bytes(form, size, count)
-    if _padded(_places(found)[1] + code_bytes) != length:
-        raise _damaged(f"{form} of {dtype} {list(shape)} with {count} values cannot take {length} bytes")
-    return found
+    guess = _guessed_count(elements)
+    form = _best_form(elements, guess, dtype, shape)
+    values, code = COMPRESSORS[form](elements, guess) if form else ([], NOTHING)
+    count = sum(map(len, values)) if form else int(np.count_nonzero(elements))
+    if count != guess and form != (best := _best_form(elements, count, dtype, shape)):
+        form = best
+        values, code = COMPRESSORS[form](elements, count) if form else ([], NOTHING)
+    return (form, values, code) if form else None
 
 
-def is_stored_like(dtype: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor in a compressed checkpoint is in one of our forms: all that are uint8 and 1-D are."""
-    return dtype == "U8" and len(shape) == 1
-
-
-def _count_problem(form: str, dtype: str, shape: tuple[int, ...], count: int) -> str | None:
-    size = math.prod(shape)
-    if form == "plain":
-        return None if is_stored_like(dtype, shape) and count == size else f"plain must be U8 and 1-D, got {dtype}"
-    if count > size:
-        return f"it cannot keep {count} of {size} elements"
-    if form == "n_of_4" and kept_of_4(size, count) is None:
-        return f"{count} of {size} elements are not N of every 4"
-    return None
+def _guessed_count(elements: np.ndarray) -> int:
+    """About how many elements are not zero; counting all of them would take a tenth of the time of compressing."""
+    rows = elements[: len(elements) // SAMPLED * SAMPLED].reshape(-1, SAMPLED)[:, : SAMPLED // 16]
+    if not len(rows):
+        return int(np.count_nonzero(elements))
+    return int(np.count_nonzero(rows != 0)) * len(elements) // rows.size
 
 
 def _best_form(elements: np.ndarray, count: int, dtype: str, shape: tuple[int, ...]) -> str | None:
     size, width = len(elements), elements.itemsize
-    totals = {form: count * width + _code_bytes(form, size, count) for form in ("bitmask", "elias_fano")}
+    totals = {form: count * width + code_bytes(form, size, count) for form in ("bitmask", "elias_fano")}
     if kept_of_4(size, count) is not None:
-        totals["n_of_4"] = count * width + _code_bytes("n_of_4", size, count)
+        totals["n_of_4"] = count * width + code_bytes("n_of_4", size, count)
     least = (1 - LEAST_GAIN) * totals["bitmask"]
     better = sorted((total, form) for form, total in totals.items() if total <= least)
     for total, form in [*better, (totals["bitmask"], "bitmask")]:
@@ -174,37 +124,21 @@ def _best_form(elements: np.ndarray, count: int, dtype: str, shape: tuple[int, .
     return None
 
 
-def _code_bytes(form: str, size: int, count: int) -> int:
-    match form:
-        case "bitmask":
-            return -(-size // 8)
-        case "elias_fano":
-            return elias_fano.code_bytes(size, count)
-        case "n_of_4":
-            return n_of_4_codec.code_bytes(size, count)
-    return 0
-
-
-def _places(form: StoredForm) -> tuple[int, int]:
-    """Where the values and the code begin."""
-    values = HEAD.size + 8 * len(form.shape)
-    count = form.size if form.nonzeros is None else form.nonzeros
-    return values, _padded(values + count * DTYPE_BITS[form.dtype] // 8)
+def _decoded(stored: np.ndarray, form: StoredForm, kind: np.dtype) -> np.ndarray:
+    values = np.empty(form.size if form.nonzeros is None else form.nonzeros, kind)
+    decode_values(stored, form.planes, values)
+    return values
 
 
 def _parts(
-    form: str, dtype: str, shape: tuple[int, ...], count: int, values: np.ndarray, code: np.ndarray
+    form: str, dtype: str, shape: tuple[int, ...], values: list[np.ndarray], code: np.ndarray, zstd: bool
 ) -> list[np.ndarray]:
-    head = HEAD.pack(MAGIC, form.encode(), dtype.encode(), len(shape), count) + struct.pack(f"<{len(shape)}Q", *shape)
-    parts = []
-    for part in (np.frombuffer(head, np.uint8), values.view(np.uint8), code):
-        parts += [part, np.zeros(-len(part) % 8, np.uint8)]
+    planes = (code_values(values) if zstd else None) or []
+    numbers = [*shape, *map(len, planes)]
+    name = form + (ZSTD if planes else "")
+    head = HEAD.pack(MAGIC, name.encode(), dtype.encode(), len(shape), sum(map(len, values)))
+    head += struct.pack(f"<{len(numbers)}Q", *numbers)
+    kept = planes or [piece.view(np.uint8) for piece in values]
+    padding = np.zeros(-sum(map(len, kept)) % 8, np.uint8)
+    parts = [np.frombuffer(head, np.uint8), *kept, padding, code, np.zeros(-len(code) % 8, np.uint8)]
     return [part for part in parts if len(part)]
-
-
-def _padded(length: int) -> int:
-    return length + -length % 8
-
-
-def _damaged(reason: str) -> ValueError:
-    return ValueError(f"A stored tensor is not usable: {reason}. The file is truncated, damaged or hostile.")

@@ -3,6 +3,7 @@
 One tensor at a time is in memory, in both directions.
 """
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,11 +24,12 @@ COPIED_BYTES = 16 << 20  # at a time
 Write = Callable[[SourceFiles, SafetensorsOutput, list[StoredTensor]], None]
 
 
-def compress_weights(source: Path, destination: Path) -> str:
+def compress_weights(source: Path, destination: Path, zstd: bool = False) -> str:
     """Write the safetensors checkpoint in `source` without its zeros; one file for each of its files.
 
     Args:
         destination: an existing folder.
+        zstd: code the values too.
 
     Returns:
         The name of the file to load: the only one or the index.
@@ -38,7 +40,8 @@ def compress_weights(source: Path, destination: Path) -> str:
     """
     tensors = read_headers(source)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    return _rewrite(tensors, shapes, destination, (COMPRESSED_FILE, COMPRESSED_INDEX), _write_compressed)
+    write = functools.partial(_write_compressed, zstd=zstd)
+    return _rewrite(tensors, shapes, destination, (COMPRESSED_FILE, COMPRESSED_INDEX), write)
 
 
 def expand_weights(source: Path, destination: Path) -> str:
@@ -105,12 +108,12 @@ def _rewrite(
     return index
 
 
-def _write_compressed(sources: SourceFiles, output: SafetensorsOutput, group: list[StoredTensor]) -> None:
+def _write_compressed(sources: SourceFiles, output: SafetensorsOutput, group: list[StoredTensor], zstd: bool) -> None:
     """Compressed ones first, multiples of 8 bytes long; then the dense, so that each lies as readers need it."""
     dense = []
     for tensor in group:
         data = read_bytes(tensor, sources)
-        parts = compress_tensor(data, tensor.dtype, tensor.shape)
+        parts = compress_tensor(data, tensor.dtype, tensor.shape, zstd)
         if parts is None:
             dense.append(tensor)
         else:

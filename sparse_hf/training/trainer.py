@@ -3,6 +3,7 @@
 from concurrent.futures import Future
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Literal
 
 import torch
 from huggingface_hub import CommitInfo
@@ -313,13 +314,14 @@ class SparseTrainer(Trainer):
         revision: str | None = None,
         private: bool | None = None,
         *,
-        compressed: bool = False,
+        compressed: bool | Literal["zstd"] = False,
         **kwargs: object,
     ) -> CommitInfo | Future | None:
         """The Trainer's, with masks and a card.
 
         Args:
-            compressed: push what `save_compressed` makes of the output folder, which keeps its dense files.
+            compressed: push what `save_compressed` makes of the output folder, which keeps its dense files; "zstd":
+                with values coded too.
 
         A compressed push deletes a dense checkpoint at the top of the repository in the same commit, and a dense one a
         compressed.

@@ -3,7 +3,7 @@
 import contextlib
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from huggingface_hub import CommitInfo, HfApi
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -31,7 +31,7 @@ def holds_compressed(trainer: "SparseTrainer", token: str | None, revision: str 
 
 def push_in_one_commit(
     trainer: "SparseTrainer",
-    compressed: bool,
+    compressed: bool | Literal["zstd"],
     commit_message: str | None,
     blocking: bool,
     token: str | None,
@@ -52,7 +52,7 @@ def push_in_one_commit(
     with contextlib.ExitStack() as stack:
         folder = Path(trainer.args.output_dir)
         if compressed:
-            folder = stack.enter_context(compressed_copy(folder))
+            folder = stack.enter_context(compressed_copy(folder, compressed == "zstd"))
             complete_card(trainer, folder, folder)
         until_sent = stack.pop_all()
 

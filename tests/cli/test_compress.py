@@ -35,6 +35,16 @@ def test_there_and_back(dense, tmp_path):
     assert same(dense, tmp_path / "back")
 
 
+def test_with_coded_values(dense, tmp_path):
+    pytest.importorskip("zstandard")
+    for name, more in (("small", []), ("smaller", ["--zstd"])):
+        assert invoke("compress", dense, tmp_path / name, *more).exit_code == 0
+    small, smaller = ((tmp_path / name / "compressed.safetensors").stat().st_size for name in ("small", "smaller"))
+    assert smaller < 0.95 * small
+    assert "bitmask+zstd" in invoke("inspect", tmp_path / "smaller", "--json").output
+    assert same(dense, tmp_path / "smaller")
+
+
 def test_publish(hub, dense, monkeypatch):
     monkeypatch.setattr(card, "draw_layers", lambda *_: None)
     result = invoke("publish", dense, "me/model", "--compressed", "--private", "--message", "mine")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import threading
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 from sparse_hf import StructuredTicket, save_compressed, save_dense, slim
 from sparse_hf.hub.expand_step import Expand
-from sparse_hf.storage.compressed_checkpoint import COMPRESSED_FILE
+from sparse_hf.storage.compressed_checkpoint import COMPRESSED_FILE, read_forms
 from sparse_hf.storage.tensor_headers import read_header
 from tiny_models import HEADS
 from tiny_slim import ragged_masks
@@ -66,6 +67,35 @@ def test_every_family_and_dtype(tmp_path, family, head, changes):
     assert all(again[name].equal(wanted[name]) for name in wanted)
     configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("again", "expected")]
     assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_values_coded_by_zstd(tmp_path, dtype):
+    pytest.importorskip("zstandard")
+    model = sparse_model("mixtral", sparsity=0.5, hidden_size=64, intermediate_size=96).to(dtype)
+    dense, small = saved(model, tmp_path)
+    save_compressed(dense, tmp_path / "smaller", zstd=True)
+    forms = {name: form.full_name for name, form in read_forms(tmp_path / "smaller").items()}
+    assert {form for name, form in forms.items() if ".experts." in name} == {"bitmask+zstd"}
+    expected = AutoModelForCausalLM.from_pretrained(dense)
+    assert same(expected, AutoModelForCausalLM.from_pretrained(tmp_path / "smaller"))
+    save_dense(tmp_path / "smaller", tmp_path / "back")
+    back, wanted = (bits(load_file(folder / "model.safetensors")) for folder in (tmp_path / "back", dense))
+    assert back.keys() == wanted.keys()
+    assert all(back[name][0] == wanted[name][0] and back[name][1].equal(wanted[name][1]) for name in wanted)
+    sizes = [(folder / COMPRESSED_FILE).stat().st_size for folder in (tmp_path / "smaller", small)]
+    assert sizes[0] < (0.8 if dtype == torch.bfloat16 else 0.9) * sizes[1]
+
+
+def test_values_coded_by_zstd_without_the_package(tmp_path, monkeypatch):
+    pytest.importorskip("zstandard")
+    save_compressed(sparse_model(), tmp_path / "small", zstd=True)
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(ImportError, match="Values coded by zstd need the package `zstandard`"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    with pytest.raises(ImportError, match="not installed"):
+        save_compressed(sparse_model(), tmp_path / "other", zstd=True)
+    assert not (tmp_path / "other").exists()
 
 
 def test_shards_and_a_new_head(tmp_path):

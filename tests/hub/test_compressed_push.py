@@ -49,6 +49,14 @@ def pulls_as(name, folder):
     )
 
 
+def test_with_coded_values(hub, dense):
+    pytest.importorskip("zstandard")
+    publish(dense, "me/model", compressed="zstd")
+    assert weights(hub, "me/model") == ["compressed.safetensors"]
+    assert b"bitmask+zstd" in hub.files("me/model")["compressed.safetensors"]
+    assert pulls_as("me/model", dense)
+
+
 def test_compressed_over_dense(hub, dense, tmp_path):
     sparse_model(sparsity=0.5).save_pretrained(tmp_path / "older", max_shard_size="30KB")
     (tmp_path / "older" / "pytorch_model.bin").write_bytes(b"still older")
@@ -138,7 +146,7 @@ def test_what_cannot_be_compressed_reaches_no_hub(hub, dense, tmp_path, monkeypa
     with pytest.raises(FileNotFoundError, match="Tickets and adapters are not compressed"):
         publish(tmp_path / "adapter", "me/model", compressed=True)
 
-    def full(source, destination):
+    def full(source, destination, zstd):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(compressed_folder, "compress_weights", full)

@@ -91,7 +91,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(dense, tmp_path, monkeypatc
     save_compressed(dense, tmp_path / "small")
     before = contents(tmp_path / "small")
 
-    def failing(source, destination):
+    def failing(source, destination, zstd):
         (destination / "half").write_text("x")
         raise error
 

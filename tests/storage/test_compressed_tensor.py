@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_hf.storage.compressed_tensor import HEAD, MAGIC, compress_tensor, expand_tensor, read_form
+from sparse_hf.storage.compressed_tensor import compress_tensor, expand_tensor
+from sparse_hf.storage.stored_form import HEAD, MAGIC, read_form
 from sparse_hf.storage.tensor_headers import DTYPE_BITS
 
 
@@ -72,6 +73,20 @@ def test_a_tensor_that_hardly_gets_smaller_stays_dense():
     assert compress_tensor(sparse_data("F32", (1000,), 0.93), "F32", (1000,)) is None
     assert compress_tensor(np.zeros(0, np.uint8), "F32", (0, 4)) is None
     assert compress_tensor(np.zeros(32, np.uint8), "F4", (64,)) is None
+
+
+@pytest.mark.parametrize(
+    ("looked_at", "rest", "form"),
+    [(1, 0, "elias_fano"), (0, 0.5, "bitmask"), (0, 1, None), (0.5, 0, "elias_fano"), (0.95, 0.99, None)],
+)
+def test_what_is_guessed_from_the_beginnings_is_set_right(looked_at, rest, form):
+    data = np.concatenate([sparse_data("BF16", (4096,), looked_at), sparse_data("BF16", (61440,), rest)] * 5)
+    parts = compress_tensor(data, "BF16", (5, 65536))
+    assert (parts is None) == (form is None)
+    if parts is not None:
+        back, found = expand_tensor(np.concatenate(parts))
+        assert found.form == form
+        assert back.tobytes() == data.tobytes()
 
 
 def test_bytes_in_a_row_are_always_stored_so_that_none_is_taken_for_ours():
