@@ -51,8 +51,10 @@ def check_steps_apart(optimizer: torch.optim.Optimizer) -> None:
     Raises:
         ValueError: two masters share one count of steps.
     """
-    states = innermost(optimizer)[0].state.values()
-    counts = [state["step"].data_ptr() for state in states if isinstance(state.get("step"), Tensor)]
+    inner, zero = innermost(optimizer)
+    if zero is None:
+        return
+    counts = [state["step"].data_ptr() for state in inner.state.values() if isinstance(state.get("step"), Tensor)]
     if len(set(counts)) < len(counts):
         raise ValueError(
             "Each of ZeRO-3's masters needs its own count of steps, but DeepSpeed has read one for all from its "
