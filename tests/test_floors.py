@@ -27,6 +27,7 @@ FRAMEWORKS = {
     "transformers.train": TRAINING_AND_UP,  # ... and the modules that define them
     "accelerate": TRAINING_AND_UP,
     "deepspeed": {"training"},  # where the user trains by it; not installed otherwise
+    "llvmlite": {"algorithms"},  # where it is installed
     "zstandard": {"storage"},  # where the user asks for it; not installed otherwise
     "peft": {"dsee", "hub"},
     "tqdm": {"training", "moe"},

@@ -57,12 +57,12 @@ def compress_n_of_4(elements: np.ndarray, count: int) -> tuple[list[np.ndarray],
     digit_of = np.zeros(16, np.uint8)
     digit_of[PATTERNS[kept]] = range(len(PATTERNS[kept]))
     per_byte = GROUPS_PER_BYTE[kept]
-    values = []
+    values, done = [], 0
     digits = np.zeros(per_byte * code_bytes(len(elements), count), np.uint8)
     for block in kept_blocks(elements, few=False):
-        pairs = np.packbits(block.flags, bitorder="little")
-        halves = np.stack([pairs & 15, pairs >> 4], axis=1).ravel()[: len(block.flags) // 4]
-        digits[block.start // 4 : block.start // 4 + len(halves)] = digit_of[halves]
+        halves = np.stack([block.bits & 15, block.bits >> 4], axis=1).ravel()[: block.size // 4]
+        digits[done : done + len(halves)] = digit_of[halves]
+        done += len(halves)
         values.append(block.values)
     weights = len(PATTERNS[kept]) ** np.arange(per_byte)
     return values, digits.reshape(-1, per_byte) @ weights.astype(np.uint8)

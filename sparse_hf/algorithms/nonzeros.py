@@ -2,6 +2,7 @@
 
 Zero is an element whose bits are all zero, so elements are looked at as unsigned integers of their size: -0.0, NaN and
 every other pattern come back as they were, whatever the dtype. Work goes in blocks that stay in the processor's cache.
+Where `vector_loops` can do it they do; the results are the same.
 """
 
 import functools
@@ -11,14 +12,22 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from sparse_hf.algorithms.vector_loops import VectorLoops, vector_loops
+from sparse_hf.algorithms.vector_source import LANES
+
 
 BLOCK = 1 << 18  # elements; a multiple of 8
 
 # Below this density groups of four flags without a mark are dropped before marks are looked for.
 FEW_MARKS = 0.09
 
+# Compiling the loops takes as long as numpy does for a few million elements; tensors of a small model are smaller.
+WORTH_COMPILING = 1 << 18  # elements
+
 # numpy's search takes twice as long where a tenth or fewer are marked, so as many marks are added to a block.
 ADDED_MARKS = 1 << 12
+
+_NOTHING = np.empty(0, np.uint8)  # so that there is something to concatenate
 
 # torch has no operations on most unsigned integers; bits are the same.
 _SIGNED = {1: np.dtype("u1"), 2: np.dtype("i2"), 4: np.dtype("i4"), 8: np.dtype("i8")}
@@ -28,14 +37,14 @@ class KeptBlock(NamedTuple):
     """What is kept of a block.
 
     Attributes:
-        start: index of the block's first element.
-        flags: bool, True = kept; only good until the next block.
-        positions: int64, the indices in the block of what is kept.
+        size: of the block, a multiple of 32 but for the last one.
+        bits: uint8, a bit per element, True = kept: element `i` is bit `i % 8` of byte `i // 8`.
+        positions: the indices in the block of what is kept, as integers of any size; only good until the next block.
         values: what is kept.
     """
 
-    start: int
-    flags: np.ndarray
+    size: int
+    bits: np.ndarray
     positions: np.ndarray
     values: np.ndarray
 
@@ -47,7 +56,21 @@ def kept_blocks(elements: np.ndarray, few: bool) -> Iterator[KeptBlock]:
         elements: 1-D, unsigned integers.
         few: as in `marked_positions`.
     """
-    flags = np.empty(BLOCK + ADDED_MARKS, bool)
+    loops, whole = loops_for(len(elements), elements.itemsize), 0
+    if loops:
+        whole = len(elements) // LANES * LANES
+        for packed in loops.pack(elements[:whole]):
+            yield KeptBlock(8 * len(packed.bits), packed.bits, packed.places, packed.values)
+    yield from _found_by_numpy(elements[whole:], few)
+
+
+def loops_for(size: int, itemsize: int) -> VectorLoops | None:
+    """Compiled loops for a tensor of `size` elements, where there are any and they are worth it."""
+    return vector_loops(itemsize) if size >= WORTH_COMPILING else None
+
+
+def _found_by_numpy(elements: np.ndarray, few: bool) -> Iterator[KeptBlock]:
+    flags = np.empty(min(len(elements), BLOCK) + ADDED_MARKS, bool)
     for start in range(0, len(elements), BLOCK):
         block = elements[start : start + BLOCK]
         marks = np.not_equal(block, 0, out=flags[: len(block)])
@@ -56,7 +79,8 @@ def kept_blocks(elements: np.ndarray, few: bool) -> Iterator[KeptBlock]:
         else:
             flags[len(block) : len(block) + ADDED_MARKS] = True
             positions = flags[: len(block) + ADDED_MARKS].nonzero()[0][:-ADDED_MARKS]
-        yield KeptBlock(start, marks, positions, block.take(positions, mode="wrap"))  # "raise" would buffer
+        values = block.take(positions, mode="wrap")  # "raise" would buffer
+        yield KeptBlock(len(block), np.packbits(marks, bitorder="little"), positions, values)
 
 
 def compress_bitmask(elements: np.ndarray, count: int) -> tuple[list[np.ndarray], np.ndarray]:
@@ -69,14 +93,11 @@ def compress_bitmask(elements: np.ndarray, count: int) -> tuple[list[np.ndarray]
     Returns:
         The values, in pieces; uint8 of ceil(n / 8) bytes, spare bits zero.
     """
-    values = []
-    bits = np.empty(-(-len(elements) // 8), np.uint8)
+    values, bits = [], [_NOTHING]
     for block in kept_blocks(elements, are_few(count, len(elements))):
-        bits[block.start // 8 : (block.start + len(block.flags) + 7) // 8] = np.packbits(
-            block.flags, bitorder="little"
-        )
+        bits.append(block.bits)
         values.append(block.values)
-    return values, bits
+    return values, np.concatenate(bits)
 
 
 def expand_bitmask(values: np.ndarray, bits: np.ndarray, out: np.ndarray) -> None:
@@ -85,6 +106,19 @@ def expand_bitmask(values: np.ndarray, bits: np.ndarray, out: np.ndarray) -> Non
     Raises:
         ValueError: the bits do not say as many as there are values, or a spare bit is set.
     """
+    loops, whole, used = loops_for(len(out), out.itemsize), 0, 0
+    if loops:
+        whole = len(out) // LANES * LANES
+        used = loops.unpack(values, bits, out[:whole])
+        if used is None:
+            raise _too_many(len(values))
+    used += _expanded_by_numpy(values[used:], bits[whole // 8 :], out[whole:])
+    if used != len(values):
+        raise ValueError(f"the bitmask marks {used} of the {len(values)} values that are there")
+
+
+def _expanded_by_numpy(values: np.ndarray, bits: np.ndarray, out: np.ndarray) -> int:
+    """How many values were used."""
     used, target, source = 0, for_scatter(out), for_scatter(values)
     few = are_few(len(values), len(out))
     for start in range(0, len(out), BLOCK):
@@ -94,12 +128,15 @@ def expand_bitmask(values: np.ndarray, bits: np.ndarray, out: np.ndarray) -> Non
             raise ValueError("a spare bit of the bitmask is set")
         positions = marked_positions(np.unpackbits(coded, count=size, bitorder="little").view(bool), few)
         if used + len(positions) > len(values):
-            raise ValueError(f"the bitmask marks more than the {len(values)} values that are there")
+            raise _too_many(len(values))
         out[start : start + size] = 0  # just before it is needed, which is faster than all at once
         scatter(target[start : start + size], positions, source[used : used + len(positions)])
         used += len(positions)
-    if used != len(values):
-        raise ValueError(f"the bitmask marks {used} of the {len(values)} values that are there")
+    return used
+
+
+def _too_many(count: int) -> ValueError:
+    return ValueError(f"the bitmask marks more than the {count} values that are there")
 
 
 def are_few(count: int, size: int) -> bool:

@@ -30,6 +30,7 @@ EXPANDERS = {"bitmask": expand_bitmask, "n_of_4": expand_n_of_4, "elias_fano": e
 NOTHING = np.empty(0, np.uint8)
 LEAST_SAVING = 1 / 16  # of the dense size; below, a tensor stays dense
 SAMPLED = 1 << 16  # elements, the first sixteenth of which is counted to guess how many are not zero
+MOST_PADDING = 14  # bytes after values and code
 LEAST_GAIN = 1 / 32  # of the size as a bitmask, which is written and read faster at moderate sparsity
 
 
@@ -120,7 +121,8 @@ def _best_form(elements: np.ndarray, count: int, dtype: str, shape: tuple[int, .
     better = sorted((total, form) for form, total in totals.items() if total <= least)
     for total, form in [*better, (totals["bitmask"], "bitmask")]:
         if form != "n_of_4" or obeys_n_of_4(elements, count):
-            return form if HEAD.size + 8 * len(shape) + total <= (1 - LEAST_SAVING) * size * width else None
+            stored = HEAD.size + 8 * len(shape) + total + MOST_PADDING
+            return form if stored <= (1 - LEAST_SAVING) * size * width else None
     return None
 
 

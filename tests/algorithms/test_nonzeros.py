@@ -9,6 +9,8 @@ from sparse_hf.algorithms.n_of_4_codec import compress_n_of_4, expand_n_of_4, ke
 from sparse_hf.algorithms.nonzeros import BLOCK, compress_bitmask, expand_bitmask, marked_positions
 
 
+pytestmark = pytest.mark.usefixtures("each_codec")
+
 WIDTHS = ["u1", "<u2", "<u4", "<u8"]
 
 

@@ -11,6 +11,8 @@ from sparse_hf.storage.stored_form import HEAD, MAGIC, read_form
 from sparse_hf.storage.tensor_headers import DTYPE_BITS
 
 
+pytestmark = pytest.mark.usefixtures("each_codec")
+
 WHOLE_BYTES = [dtype for dtype, bits in DTYPE_BITS.items() if bits in (8, 16, 32, 64)]
 
 
@@ -72,6 +74,7 @@ def test_two_of_four_in_bf16_is_packed_and_in_fp32_hardly_smaller():
 def test_a_tensor_that_hardly_gets_smaller_stays_dense():
     assert compress_tensor(sparse_data("F32", (1000,), 0.93), "F32", (1000,)) is None
     assert compress_tensor(np.zeros(0, np.uint8), "F32", (0, 4)) is None
+    assert compress_tensor(np.zeros(80, np.uint8), "BF16", (5, 8)) is None  # 73 bytes, but 80 with padding
     assert compress_tensor(np.zeros(32, np.uint8), "F4", (64,)) is None
 
 

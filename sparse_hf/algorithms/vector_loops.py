@@ -1,0 +1,154 @@
+"""How are zeros left out of a tensor and put back at the speed of memory?
+
+AVX-512 VBMI2 (Intel since Ice Lake, AMD since Zen 4) moves the marked elements of a vector together, or apart, in one
+instruction, which no operation of numpy or torch reaches. So three small loops are written down in LLVM's language
+(`vector_source`), and `llvmlite` compiles them when they are first wanted, in a few hundredths of a second. Without
+that package or such a processor numpy does the same in `nonzeros`.
+"""
+
+import ctypes
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from sparse_hf.algorithms.vector_source import LANES, lanes, vector_source
+
+
+BLOCK = 1 << 16  # elements packed at a time: their places fit into 16 bits, and all of it into the processor's cache
+OLDEST_LLVM = 20  # of llvmlite 0.45
+NEEDED = ("avx512vbmi2", "avx512vl", "avx512bw", "popcnt")
+
+_COMPILING = threading.Lock()  # or each thread would compile its own
+
+
+class Packed(NamedTuple):
+    """What is kept of some elements.
+
+    Attributes:
+        bits: uint8, a bit per element, as in `nonzeros.compress_bitmask`.
+        places: uint16, the indices of what is kept; only good until the next ones are packed.
+        values: what is kept.
+    """
+
+    bits: np.ndarray
+    places: np.ndarray
+    values: np.ndarray
+
+
+def vector_loops(itemsize: int) -> "VectorLoops | None":
+    """The loops for elements of 1, 2, 4 or 8 bytes; None where this processor has no such instructions, or `llvmlite`
+    is not installed or too old."""
+    with _COMPILING:
+        return _compiled(itemsize)
+
+
+@functools.cache
+def _compiled(itemsize: int) -> "VectorLoops | None":
+    try:
+        import llvmlite.binding as llvm
+    except ImportError:
+        return None
+    features = llvm.get_host_cpu_features()
+    if llvm.llvm_version_info[0] < OLDEST_LLVM or not all(features.get(name) for name in NEEDED):
+        return None
+    return VectorLoops(itemsize)
+
+
+class VectorLoops:
+    """The loops, compiled for this processor. Several threads may use them at once: Python's lock is released."""
+
+    def __init__(self, itemsize: int) -> None:
+        import llvmlite.binding as llvm
+
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        machine = llvm.Target.from_default_triple().create_target_machine(
+            cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten()
+        )
+        module = llvm.parse_assembly(vector_source(itemsize))
+        module.verify()
+        self._engine = llvm.create_mcjit_compiler(module, machine)  # holds the machine code, so it is kept
+        self._engine.finalize_object()
+        self._lanes = lanes(itemsize)
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        self._pack = self._function("pack", pointer, number, pointer, pointer, pointer)
+        self._unpack = self._function("unpack", pointer, number, pointer, number, pointer)
+        self._indices = self._function("indices", pointer, number, pointer, number, number, pointer)
+
+    def pack(self, elements: np.ndarray) -> Iterator[Packed]:
+        """Leave out what is zero, block by block.
+
+        Args:
+            elements: 1-D, contiguous, unsigned integers, a multiple of `LANES` of them.
+        """
+        _check_whole(elements)
+        values, places = np.empty(BLOCK + LANES, elements.dtype), np.empty(BLOCK + LANES, np.uint16)
+        for start in range(0, len(elements), BLOCK):
+            block = elements[start : start + BLOCK]
+            bits = np.empty(len(block) // 8, np.uint8)
+            count = self._pack(
+                block.ctypes.data, len(block) // self._lanes, values.ctypes.data, bits.ctypes.data, places.ctypes.data
+            )
+            yield Packed(bits, places[:count], values[:count].copy())
+
+    def unpack(self, values: np.ndarray, bits: np.ndarray, out: np.ndarray) -> int | None:
+        """Put zeros back.
+
+        Args:
+            values: 1-D, contiguous, of the dtype of `out`.
+            bits: uint8, 1-D, contiguous, at least a bit per element.
+            out: 1-D, contiguous, a multiple of `LANES` elements.
+
+        Returns:
+            How many values were used; None where the bits say more than there are.
+        """
+        for array in (values, bits, out):
+            _check_contiguous(array)
+        _check_whole(out)
+        if 8 * len(bits) < len(out):
+            raise ValueError(f"{len(out) // 8} bytes of bits are needed, got {len(bits)}.")
+        if not len(out):
+            return 0
+        used = self._unpack(
+            values.ctypes.data, len(values), bits.ctypes.data, len(out) // self._lanes, out.ctypes.data
+        )
+        return None if used < 0 else used
+
+    def indices(self, bitmap: np.ndarray, lows: np.ndarray, width: int) -> np.ndarray | None:
+        """The indices that an Elias-Fano code says.
+
+        Args:
+            bitmap: uint8, 1-D, contiguous: the high parts.
+            lows: uint8, 1-D, contiguous: the low parts, of at least as many indices, and eight more elements.
+            width: bits of a low part.
+
+        Returns:
+            int64; None where the bitmap says more than there are low parts for.
+        """
+        for array in (bitmap, lows):
+            _check_contiguous(array)
+        count = min(8 * len(bitmap), len(lows) - 8)
+        if count < 0:
+            raise ValueError(f"Eight low parts beyond those that are used are needed, got {len(lows)}.")
+        if not len(bitmap):
+            return np.empty(0, np.int64)
+        found = np.empty(count + 8, np.int64)
+        used = self._indices(bitmap.ctypes.data, len(bitmap), lows.ctypes.data, width, count, found.ctypes.data)
+        return None if used < 0 else found[:used]
+
+    def _function(self, name: str, *arguments: type) -> Callable[..., int]:
+        return ctypes.CFUNCTYPE(ctypes.c_int64, *arguments)(self._engine.get_function_address(name))
+
+
+def _check_whole(elements: np.ndarray) -> None:
+    _check_contiguous(elements)
+    if len(elements) % LANES:
+        raise ValueError(f"A multiple of {LANES} elements is needed, got {len(elements)}.")
+
+
+def _check_contiguous(array: np.ndarray) -> None:
+    if array.ndim != 1 or not array.flags.c_contiguous:
+        raise ValueError(f"A contiguous array of one dimension is needed, got shape {array.shape}.")

@@ -1,0 +1,104 @@
+import sys
+
+import numpy as np
+import pytest
+
+from sparse_hf.algorithms import nonzeros
+from sparse_hf.algorithms.vector_loops import BLOCK, VectorLoops, _compiled, vector_loops
+from sparse_hf.algorithms.vector_source import LANES
+
+
+@pytest.fixture(params=[1, 2, 4, 8])
+def loops(request, compiled_loops):
+    return vector_loops(request.param), np.dtype(f"<u{request.param}")
+
+
+def test_by_hand(loops):
+    loops, dtype = loops
+    elements = np.zeros(LANES, dtype)
+    elements[[1, 3, 31]] = 5, 6, 7
+    (packed,) = loops.pack(elements)
+    assert packed.bits.tolist() == [0b1010, 0, 0, 1 << 7]
+    assert packed.places.tolist() == [1, 3, 31]
+    assert packed.values.tolist() == [5, 6, 7]
+    out = np.full(LANES, 9, dtype)
+    assert loops.unpack(packed.values, packed.bits, out) == 3
+    assert out.tolist() == elements.tolist()
+
+
+@pytest.mark.parametrize("kept", [0, 0.1, 0.5, 1])
+def test_the_same_as_numpy_over_several_blocks(loops, kept, monkeypatch):
+    loops, dtype = loops
+    random = np.random.default_rng(0)
+    elements = random.integers(1, 1 << 8 * dtype.itemsize, 2 * BLOCK + 3 * LANES, dtype=np.uint64).astype(dtype)
+    elements[random.random(len(elements)) >= kept] = 0
+    found = [(8 * len(one.bits), one.bits, one.places.tolist(), one.values) for one in loops.pack(elements)]
+    assert [size for size, *_ in found] == [BLOCK, BLOCK, 3 * LANES]
+    monkeypatch.setattr(nonzeros, "BLOCK", BLOCK)
+    monkeypatch.setattr(nonzeros, "WORTH_COMPILING", len(elements) + 1)
+    for ours, numpys in zip(found, nonzeros.kept_blocks(elements, few=False), strict=True):
+        assert [list(part) for part in ours[1:]] == [part.tolist() for part in numpys[1:]]
+    out = np.empty_like(elements)
+    values, bits = (np.concatenate([one[place] for one in found]) for place in (3, 1))
+    assert loops.unpack(values, bits, out) == len(values)
+    assert (out == elements).all()
+
+
+def test_no_value_beyond_those_that_are_there_is_read_or_written(loops):
+    loops, dtype = loops
+    out = np.full(4 * LANES, 9, dtype)
+    bits = np.zeros(len(out) // 8, np.uint8)
+    bits[LANES // 8 :] = 255  # one vector without a value, then all
+    assert loops.unpack(np.ones(2 * LANES, dtype), bits, out[: 3 * LANES]) == 2 * LANES
+    assert loops.unpack(np.ones(2 * LANES, dtype), bits, out) is None
+    assert out.tolist() == [0] * LANES + [1] * (2 * LANES) + [9] * LANES
+
+
+def test_indices_by_hand(compiled_loops):
+    # Bits 0, 3 and 4 are set: high parts 0, 2 and 2; two low bits.
+    lows = np.array([3, 0, 1, *[0] * 8], np.uint8)
+    loops = vector_loops(2)
+    assert loops.indices(np.array([0b11001], np.uint8), lows, 2).tolist() == [3, 8, 9]
+    assert loops.indices(np.array([0b111001], np.uint8), lows, 2) is None
+    assert loops.indices(np.array([0, 0b11001], np.uint8), lows, 0).tolist() == [8 | 3, 10 | 0, 10 | 1]
+
+
+def test_nothing_is_given_and_nothing_comes_back(loops):
+    loops, dtype = loops
+    nothing = np.empty(0, dtype)
+    assert list(loops.pack(nothing)) == []
+    assert loops.unpack(nothing, np.empty(0, np.uint8), nothing) == 0
+    assert len(loops.indices(np.empty(0, np.uint8), np.zeros(8, np.uint8), 2)) == 0
+
+
+def test_what_the_loops_would_overrun_is_refused(loops):
+    loops, dtype = loops
+    whole, bits = np.zeros(2 * LANES, dtype), np.zeros(2 * LANES // 8, np.uint8)
+    for refused in (
+        lambda: next(loops.pack(whole[:-1])),
+        lambda: next(loops.pack(whole[::2])),
+        lambda: loops.unpack(whole, bits[:-1], whole),
+        lambda: loops.unpack(whole, bits, whole[:-1]),
+        lambda: loops.unpack(whole[::2], bits, whole),
+        lambda: loops.indices(bits, np.zeros(7, np.uint8), 2),
+    ):
+        with pytest.raises(ValueError, match="needed"):
+            refused()
+
+
+@pytest.mark.parametrize("missing", ["package", "instructions", "release"])
+def test_there_are_none_where_something_is_missing(compiled_loops, missing, monkeypatch):
+    import llvmlite.binding as llvm
+
+    if missing == "package":
+        monkeypatch.setitem(sys.modules, "llvmlite.binding", None)
+    elif missing == "instructions":
+        features = {**llvm.get_host_cpu_features(), "avx512vbmi2": False}
+        monkeypatch.setattr(llvm, "get_host_cpu_features", lambda: features)
+    else:
+        monkeypatch.setattr(llvm, "llvm_version_info", (15, 0, 7))
+    _compiled.cache_clear()
+    assert vector_loops(2) is None
+    monkeypatch.undo()
+    _compiled.cache_clear()
+    assert isinstance(vector_loops(2), VectorLoops)
