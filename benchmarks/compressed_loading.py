@@ -7,6 +7,9 @@ BERT-base, 110 million random weights with zeros at random places in every matri
 stock loading only maps a dense file into memory, and what the disk and the page faults cost comes then. Dense and
 compressed take turns, each in a fork of this process, which has loaded a tiny model of both kinds before.
 
+Compressed comes twice: with compiled loops (`pip install "sparse_hf[fast]"`, a processor with AVX-512 VBMI2; without
+them both are the same), importing the compiler and compiling counted, and by numpy alone.
+
 "disk": the checkpoint's files were taken out of the page cache right before (`posix_fadvise`), and `mincore` agrees
 that no page of the weights is left. "memory": every page is there. Times are medians, wall and processor (of all
 threads). Beside them how fast the dense file is read in one go, equally cold or not, measured between the rounds.
@@ -31,6 +34,7 @@ import transformers
 from transformers import AutoModel, BertConfig, BertModel
 
 from sparse_hf import save_compressed
+from sparse_hf.algorithms import nonzeros
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -79,6 +83,12 @@ def load_and_read(folder: Path) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.sum()
+
+
+def by_numpy(folder: Path) -> None:
+    """What is timed, without compiled loops."""
+    nonzeros.WORTH_COMPILING = 1 << 62
+    load_and_read(folder)
 
 
 def read_at_once(folder: Path) -> None:
@@ -136,22 +146,26 @@ def rows(place: Path, layers: int, dtype: str, sparsity: float, rounds: int) -> 
     folders = folders_of(place, dtype, sparsity)
     in_a_fork(make, place, layers, dtype, sparsity)  # or every later fork would first copy what this left in memory
     sizes = [weights_of(folder).stat().st_size for folder in folders]
+    ways = {"dense": (load_and_read, folders[0]), "ours": (load_and_read, folders[1])}
+    ways["numpy"] = (by_numpy, folders[1])
     for prepare, name in ((take_out, "disk"), (bring_in, "memory")):
-        times: tuple[list, list] = [], []
+        times: dict[str, list] = {way: [] for way in ways}
         rates = []
         for turn in range(rounds):
-            for which in (0, 1) if turn % 2 else (1, 0):
-                prepare(folders[which])
-                times[which].append(in_a_fork(load_and_read, folders[which]))
+            for way, (work, folder) in list(ways.items())[:: 1 if turn % 2 else -1]:
+                prepare(folder)
+                times[way].append(in_a_fork(work, folder))
             prepare(folders[0])
             rates.append(sizes[0] / in_a_fork(read_at_once, folders[0])[0] / 1e9)
         cells = [dtype, f"{sparsity:.0%}", f"{sizes[0] / 1e6:.0f} MB", f"{sizes[1] / sizes[0]:.3f}", name]
         cells.append(f"{statistics.median(rates):.2f} ({min(rates):.2f} to {max(rates):.2f})")
         for kind in (0, 1):
-            dense, small = (statistics.median(one[kind] for one in each) for each in times)
-            cells += [f"{dense:.2f}", f"{small:.2f}", f"**{small / dense:.2f}**"]
-        dense, small = (min(one[0] for one in each) for each in times)
-        cells.append(f"{small / dense:.2f}")
+            dense, *others = (statistics.median(one[kind] for one in times[way]) for way in ways)
+            cells.append(f"{dense:.2f}")
+            for other in others:
+                cells += [f"{other:.2f}", f"**{other / dense:.2f}**"]
+        shortest = [min(wall for wall, _ in times[way]) for way in ways]
+        cells.append(", ".join(f"{one / shortest[0]:.2f}" for one in shortest[1:]))
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
@@ -169,7 +183,8 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     print(f"{os.cpu_count()} cores, of which {os.getloadavg()[0]:.1f} were busy in the last minute\n")
     head = ["dtype", "sparsity", "dense", "size", "from", "plain reads, GB/s", "dense, wall s", "compressed", "ratio"]
-    head += ["dense, processor s", "compressed", "ratio", "ratio of the shortest wall times"]
+    head += ["by numpy", "ratio", "dense, processor s", "compressed", "ratio", "by numpy", "ratio"]
+    head += ["ratios of the shortest wall times"]
     print(f"| {' | '.join(head)} |\n|{' --- |' * len(head)}")
     with tempfile.TemporaryDirectory(dir=options.folder) as place:
         in_a_fork(make, Path(place), 0, "fp32", 0.99)

@@ -9,28 +9,45 @@ the most that is held at once, in sizes of the tensor; what is given and what is
 dense bytes with level 1, where Python has it (3.14) or `zstandard` is installed. The other bitmask is that of
 compressed-tensors (`pip install compressed-tensors==0.9.4`; later releases have none), where it is installed.
 
+"numpy" is ours without compiled loops, which take `pip install "sparse_hf[fast]"` and a processor with AVX-512 VBMI2;
+without them both pairs of columns are the same. Compiling, once in a process, is not counted but printed.
+
 The last table is of `save_compressed(..., zstd=True)`, where `zstandard` is installed.
 
 What loading takes is measured by `compressed_loading.py`.
 """
 
 import argparse
+import contextlib
 import functools
 import importlib
 import importlib.util
 import math
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 
+from sparse_hf.algorithms import nonzeros
+from sparse_hf.algorithms.vector_loops import vector_loops
 from sparse_hf.storage.compressed_tensor import compress_tensor, expand_tensor
 
 
 SPARSITIES = (0.5, 0.75, 0.9, 0.95)
+OURS = ("compress", "expand", "compress numpy", "expand numpy")
 KINDS = {"F32": np.dtype("<u4"), "BF16": np.dtype("<u2"), "I8": np.dtype("u1")}
+
+
+@contextlib.contextmanager
+def numpy_alone() -> Iterator[None]:
+    """No tensor is large enough for compiled loops."""
+    usual, nonzeros.WORTH_COMPILING = nonzeros.WORTH_COMPILING, 1 << 62
+    try:
+        yield
+    finally:
+        nonzeros.WORTH_COMPILING = usual
 
 
 def zstd_functions() -> tuple[Callable, Callable] | None:
@@ -76,6 +93,8 @@ def speed_row(dtype: str, sparsity: float, count: int, rounds: int) -> str:
         "memcpy": lambda: np.copyto(copy, data),
         "compress": lambda: compress_tensor(data, dtype, (count,)),
         "expand": lambda: expand_tensor(stored),
+        "compress numpy": numpy_alone()(lambda: compress_tensor(data, dtype, (count,))),
+        "expand numpy": numpy_alone()(lambda: expand_tensor(stored)),
     }
     if dtype == "F32":
         matrix = torch.from_numpy(elements.view(np.float32).reshape(-1, 1024))
@@ -97,7 +116,7 @@ def speed_row(dtype: str, sparsity: float, count: int, rounds: int) -> str:
     sizes.append(len(stored) / (count * (kept * width + entropy / 8)))
     speeds = [
         f"{seconds['memcpy'] / seconds[name]:.2f}" if name in seconds else "-"
-        for name in ("compress", "expand", "csr", "csr back", "zstd", "zstd back", "bitmask", "bitmask back")
+        for name in (*OURS, "csr", "csr back", "zstd", "zstd back", "bitmask", "bitmask back")
     ]
     rate, zstd_size = len(data) / seconds["memcpy"] / 1e9, f"{len(small) / len(data):.3f}" if zstd else "-"
     cells = [
@@ -171,6 +190,11 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["F32", "BF16"], choices=sorted(KINDS))
     options = parser.parse_args()
     torch.set_num_threads(1)
+    for dtype in options.dtypes:
+        start = time.perf_counter()
+        found = "none" if vector_loops(KINDS[dtype].itemsize) is None else "compiled"
+        print(f"Loops for {dtype}: {found}, {time.perf_counter() - start:.3f} s")
+    print()
     head = [
         "dtype",
         "sparsity",
@@ -180,7 +204,7 @@ def main() -> None:
         "size / entropy bound",
         "memcpy GB/s",
     ]
-    head += ["compress", "expand", "torch to_sparse_csr", "torch to_dense", "zstd -1", "zstd back"]
+    head += [*OURS, "torch to_sparse_csr", "torch to_dense", "zstd -1", "zstd back"]
     head += ["other bitmask", "other bitmask back", "zstd size / dense"]
     print(f"| {' | '.join(head)} |\n|{' --- |' * len(head)}")
     for dtype in options.dtypes:

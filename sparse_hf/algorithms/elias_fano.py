@@ -6,21 +6,10 @@ set. At 90 to 95 % sparsity this takes 9 to 12 % more than the entropy of the ma
 bits.
 """
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 
-from sparse_hf.algorithms.nonzeros import (
-    BLOCK,
-    are_few,
-    for_scatter,
-    kept_blocks,
-    loops_for,
-    marked_positions,
-    ramp,
-    scatter,
-)
+from sparse_hf.algorithms.nonzeros import BLOCK, are_few, for_scatter, kept_blocks, marked_positions, ramp, scatter
 
 
 # A longer low part would save nothing worth having, and this bounds how much a small file can claim to be: the bitmap
@@ -83,11 +72,21 @@ def expand_elias_fano(values: np.ndarray, code: np.ndarray, out: np.ndarray) -> 
     plane_bytes = _plane_bytes(count)
     planes, unary = code[: width * plane_bytes].reshape(width, plane_bytes), code[width * plane_bytes :]
     _check_spare_bits(planes, unary, count, _unary_bits(len(out), count, width))
-    done, last = 0, -1
+    done, last, few = 0, -1, are_few(count, 8 * len(unary))
     target, source = for_scatter(out), for_scatter(values)
-    for start, indices in _index_blocks(planes, unary, count, len(out), out.itemsize):
+    for start in range(0, len(unary), BLOCK // 8):
+        flags = np.unpackbits(unary[start : start + BLOCK // 8], bitorder="little").view(bool)
+        indices = marked_positions(flags, few)
         end = done + len(indices)
+        if end > count:
+            raise ValueError(f"the code says more indices than the {count} values that are there")
+        if done == end:
+            continue
         first = (8 * start - done) << width  # what the clear bits before this block come to
+        indices -= ramp(len(indices))
+        if width:
+            indices <<= width
+            indices |= _low_parts(planes, done, end)
         if first + indices[0] <= last or first + indices[-1] >= len(out) or (indices[1:] <= indices[:-1]).any():
             raise ValueError(f"the code says indices that do not rise or are not below {len(out)}")
         out[last + 1 : first + indices[-1] + 1] = 0
@@ -96,37 +95,6 @@ def expand_elias_fano(values: np.ndarray, code: np.ndarray, out: np.ndarray) -> 
     if done != count:
         raise ValueError(f"the code says {done} indices for {count} values")
     out[last + 1 :] = 0
-
-
-def _index_blocks(
-    planes: np.ndarray, unary: np.ndarray, count: int, size: int, itemsize: int
-) -> Iterator[tuple[int, np.ndarray]]:
-    """For every block of the bitmap that says any: its first byte, and the indices less what was before the block."""
-    loops, done = loops_for(size, itemsize), 0
-    few, lows = are_few(count, 8 * len(unary)), np.zeros(count + 8, np.uint8) if loops else None
-    if loops and len(planes):
-        lows[:count] = _low_parts(planes, 0, count)
-    for start in range(0, len(unary), BLOCK // 8):
-        block = unary[start : start + BLOCK // 8]
-        if loops:
-            indices = loops.indices(block, lows[done:], len(planes))
-        else:
-            places = marked_positions(np.unpackbits(block, bitorder="little").view(bool), few)
-            indices = _with_low_parts(places, planes, done) if done + len(places) <= count else None
-        if indices is None:
-            raise ValueError(f"the code says more indices than the {count} values that are there")
-        if len(indices):
-            yield start, indices
-        done += len(indices)
-
-
-def _with_low_parts(indices: np.ndarray, planes: np.ndarray, done: int) -> np.ndarray:
-    """The indices at places of the bitmap (int64, written to), of which `done` came before."""
-    indices -= ramp(len(indices))
-    if len(planes) and len(indices):
-        indices <<= len(planes)
-        indices |= _low_parts(planes, done, done + len(indices))
-    return indices
 
 
 def _low_parts(planes: np.ndarray, first: int, end: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """How are zeros left out of a tensor and put back at the speed of memory?
 
 AVX-512 VBMI2 (Intel since Ice Lake, AMD since Zen 4) moves the marked elements of a vector together, or apart, in one
-instruction, which no operation of numpy or torch reaches. So three small loops are written down in LLVM's language
+instruction, which no operation of numpy or torch reaches. So two small loops are written down in LLVM's language
 (`vector_source`), and `llvmlite` compiles them when they are first wanted, in a few hundredths of a second. Without
 that package or such a processor numpy does the same in `nonzeros`.
 """
@@ -76,7 +76,6 @@ class VectorLoops:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         self._pack = self._function("pack", pointer, number, pointer, pointer, pointer)
         self._unpack = self._function("unpack", pointer, number, pointer, number, pointer)
-        self._indices = self._function("indices", pointer, number, pointer, number, number, pointer)
 
     def pack(self, elements: np.ndarray) -> Iterator[Packed]:
         """Leave out what is zero, block by block.
@@ -116,28 +115,6 @@ class VectorLoops:
             values.ctypes.data, len(values), bits.ctypes.data, len(out) // self._lanes, out.ctypes.data
         )
         return None if used < 0 else used
-
-    def indices(self, bitmap: np.ndarray, lows: np.ndarray, width: int) -> np.ndarray | None:
-        """The indices that an Elias-Fano code says.
-
-        Args:
-            bitmap: uint8, 1-D, contiguous: the high parts.
-            lows: uint8, 1-D, contiguous: the low parts, of at least as many indices, and eight more elements.
-            width: bits of a low part.
-
-        Returns:
-            int64; None where the bitmap says more than there are low parts for.
-        """
-        for array in (bitmap, lows):
-            _check_contiguous(array)
-        count = min(8 * len(bitmap), len(lows) - 8)
-        if count < 0:
-            raise ValueError(f"Eight low parts beyond those that are used are needed, got {len(lows)}.")
-        if not len(bitmap):
-            return np.empty(0, np.int64)
-        found = np.empty(count + 8, np.int64)
-        used = self._indices(bitmap.ctypes.data, len(bitmap), lows.ctypes.data, width, count, found.ctypes.data)
-        return None if used < 0 else found[:used]
 
     def _function(self, name: str, *arguments: type) -> Callable[..., int]:
         return ctypes.CFUNCTYPE(ctypes.c_int64, *arguments)(self._engine.get_function_address(name))

@@ -54,21 +54,11 @@ def test_no_value_beyond_those_that_are_there_is_read_or_written(loops):
     assert out.tolist() == [0] * LANES + [1] * (2 * LANES) + [9] * LANES
 
 
-def test_indices_by_hand(compiled_loops):
-    # Bits 0, 3 and 4 are set: high parts 0, 2 and 2; two low bits.
-    lows = np.array([3, 0, 1, *[0] * 8], np.uint8)
-    loops = vector_loops(2)
-    assert loops.indices(np.array([0b11001], np.uint8), lows, 2).tolist() == [3, 8, 9]
-    assert loops.indices(np.array([0b111001], np.uint8), lows, 2) is None
-    assert loops.indices(np.array([0, 0b11001], np.uint8), lows, 0).tolist() == [8 | 3, 10 | 0, 10 | 1]
-
-
 def test_nothing_is_given_and_nothing_comes_back(loops):
     loops, dtype = loops
     nothing = np.empty(0, dtype)
     assert list(loops.pack(nothing)) == []
     assert loops.unpack(nothing, np.empty(0, np.uint8), nothing) == 0
-    assert len(loops.indices(np.empty(0, np.uint8), np.zeros(8, np.uint8), 2)) == 0
 
 
 def test_what_the_loops_would_overrun_is_refused(loops):
@@ -80,7 +70,6 @@ def test_what_the_loops_would_overrun_is_refused(loops):
         lambda: loops.unpack(whole, bits[:-1], whole),
         lambda: loops.unpack(whole, bits, whole[:-1]),
         lambda: loops.unpack(whole[::2], bits, whole),
-        lambda: loops.indices(bits, np.zeros(7, np.uint8), 2),
     ):
         with pytest.raises(ValueError, match="needed"):
             refused()
