@@ -31,7 +31,7 @@ NOTHING = np.empty(0, np.uint8)
 LEAST_SAVING = 1 / 16  # of the dense size; below, a tensor stays dense
 SAMPLED = 1 << 16  # elements, the first sixteenth of which is counted to guess how many are not zero
 MOST_PADDING = 14  # bytes after values and code
-LEAST_GAIN = 1 / 32  # of the size as a bitmask, which is written and read faster at moderate sparsity
+LEAST_GAIN = {"bitmask": 0, "n_of_4": 1 / 32, "elias_fano": 1 / 16}  # of the size as a bitmask, which is faster
 
 
 def compress_tensor(
@@ -117,9 +117,9 @@ def _best_form(elements: np.ndarray, count: int, dtype: str, shape: tuple[int, .
     totals = {form: count * width + code_bytes(form, size, count) for form in ("bitmask", "elias_fano")}
     if kept_of_4(size, count) is not None:
         totals["n_of_4"] = count * width + code_bytes("n_of_4", size, count)
-    least = (1 - LEAST_GAIN) * totals["bitmask"]
-    better = sorted((total, form) for form, total in totals.items() if total <= least)
-    for total, form in [*better, (totals["bitmask"], "bitmask")]:
+    for total, form in sorted((total, form) for form, total in totals.items()):
+        if total > (1 - LEAST_GAIN[form]) * totals["bitmask"]:
+            continue
         if form != "n_of_4" or obeys_n_of_4(elements, count):
             stored = HEAD.size + 8 * len(shape) + total + MOST_PADDING
             return form if stored <= (1 - LEAST_SAVING) * size * width else None

@@ -94,7 +94,7 @@ def test_forms_are_read_without_weights(tmp_path):
     forms = read_forms(tmp_path / "small")
     assert {name: form.form for name, form in forms.items()} == {
         "a.weight": "bitmask",
-        "b.weight": "elias_fano",
+        "b.weight": "bitmask",
         "b.half": "dense",
         "c.bias": "dense",
         "c.bytes": "plain",
