@@ -46,6 +46,9 @@ def upcycle_folder(
     router_samples: Annotated[
         Path | None, typer.Option(help="JSON of texts by domain, to fit the routers to, in the memory of one layer.")
     ] = None,
+    untie: Annotated[
+        bool, typer.Option("--untie", help="Copy tied embeddings, for engines that do not tie them (SGLang).")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of all random numbers and of the check's tokens.")] = 0,
     check_tokens: Annotated[int, typer.Option(help="Tokens to compare the logits on; 0 skips that.")] = 256,
     plan_only: Annotated[bool, typer.Option("--plan", help="Say what would be done, and do nothing.")] = False,
@@ -71,6 +74,7 @@ def upcycle_folder(
         average=average,
         router_rows=None if router_samples is None else fitted_rows(source, router_samples),
         router=RouterConfig(router or "top_k", router_bias, capacity_factor) if own_router else None,
+        untie=untie,
     )
     console.print(str(plan), markup=False, soft_wrap=True)
     if plan_only:

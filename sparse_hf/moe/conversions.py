@@ -1,5 +1,6 @@
 """What would be written for a dense checkpoint, and of which sources? One function for each kind of target."""
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,9 @@ from sparse_hf.moe.pairs import Pair, target_values
 from sparse_hf.moe.upcycling_plan import check_branches, plan_tensors, split_rows
 from sparse_hf.storage.shard_plan import PlannedTensor
 from sparse_hf.storage.tensor_headers import StoredTensor, read_headers
+
+
+INPUT, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class Conversion(NamedTuple):
@@ -43,6 +47,7 @@ def native_conversion(
     mixture: Mixture,
     layers: frozenset[int],
     average: bool,
+    untie: bool,
 ) -> Conversion:
     """To a stock architecture.
 
@@ -51,6 +56,7 @@ def native_conversion(
         config: of the source.
         layers: which layers become mixtures.
         average: whether what is no expert is the branches' mean.
+        untie: as in `upcycle`.
 
     Raises:
         ValueError: a checkpoint is damaged, the branches differ, or the numbers do not fit.
@@ -70,6 +76,8 @@ def native_conversion(
     for one in folders[1:]:
         theirs = target_values(pair, AutoConfig.from_pretrained(one), cut, mixture.top_k, dense)
         _check_alike(values, theirs, one)
+    if untie and values["tie_word_embeddings"]:
+        values["tie_word_embeddings"], tensors = False, _untied(tensors)
     made = CONFIG_MAPPING[pair.target.model_type](**values, dtype=config.dtype)
     return Conversion(sources, tensors, made, (mixture.top_k * cut.width + cut.shared) / neurons)
 
@@ -81,12 +89,15 @@ def generic_conversion(
     mixture: Mixture,
     layers: frozenset[int],
     average: bool,
+    untie: bool,
 ) -> Conversion:
     """To our own architecture, for families that have no mixture of experts; arguments as of `native_conversion`.
 
     Raises:
         ValueError: a checkpoint is damaged, the branches differ, or what only stock targets have is asked for.
     """
+    if untie:
+        raise ValueError(f"`untie` is for stock mixtures, which engines read: leave it out for {config.model_type}.")
     check_init(mixture.init)
     experts, top_k, routing = mixture.experts, mixture.top_k, mixture.routing or RouterConfig()
     cut_of(mixture.init, pair.target, 1, experts, top_k)
@@ -98,6 +109,15 @@ def generic_conversion(
     tensors = generic_tensors(headers, config, layers, mixture, more, average)
     by_experts = routing.kind == "expert_choice" and routing.capacity_factor
     return Conversion(sources, tensors, made, by_experts or top_k)
+
+
+def _untied(tensors: Sequence[PlannedTensor]) -> list[PlannedTensor]:
+    """With output embeddings that are a copy of the input's, where they are not stored beside them already.
+
+    Transformers reads stored ones even if the config ties them, unless they are equal.
+    """
+    held = {tensor.name: tensor for tensor in tensors}
+    return [*tensors] if OUTPUT in held else [*tensors, dataclasses.replace(held[INPUT], name=OUTPUT)]
 
 
 def _architecture(config: PreTrainedConfig) -> dict[str, object]:

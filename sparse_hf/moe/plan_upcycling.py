@@ -137,6 +137,7 @@ def plan_upcycling(
     average: bool = False,
     router_rows: Mapping[int, np.ndarray] | None = None,
     router: RouterConfig | None = None,
+    untie: bool = False,
 ) -> UpcyclingPlan:
     """What `upcycle` would do with the same arguments; reads headers only and writes nothing.
 
@@ -154,7 +155,7 @@ def plan_upcycling(
     mixture = Mixture(pair.target, experts, top_k, init or ExpertInit(), start, router)
     others = tuple(local_folder(one, ["config.json", *WEIGHTS]) for one in branches)
     convert = generic_conversion if generic else native_conversion
-    made = convert((folder, *others), config, pair, mixture, chosen, average)
+    made = convert((folder, *others), config, pair, mixture, chosen, average, untie)
     shards = tuple(plan_shards(made.tensors, max_shard_bytes))
     options = {name: value for name, value in made.config.to_dict().items() if name != "transformers_version"}
     sources = [told_apart(stored.file for stored in one.values()) for one in made.sources]

@@ -33,6 +33,7 @@ def upcycle(
     router_rows: Mapping[int, np.ndarray] | None = None,
     check_text: str | None = None,
     router: RouterConfig | None = None,
+    untie: bool = False,
 ) -> UpcyclingPlan:
     """Write a mixture of experts made of a dense checkpoint, by default of exact copies (Komatsuzaki et al. 2022).
 
@@ -67,6 +68,8 @@ def upcycle(
         router_rows: what `fit_routers` found, instead of a random start.
         check_text: to compare on, read with the source's tokenizer; random tokens by default.
         router: another kind of router, for the mixtures of ours; stock architectures have their own.
+        untie: give tied output embeddings a copy of their own, for engines that do not tie them (SGLang's mixtral,
+            qwen2_moe, qwen3_moe and glm4_moe compute nonsense otherwise); trained, they become two.
 
     Raises:
         FileNotFoundError, ValueError: see `plan_upcycling`; or the logits differ, and the folder stays without config.
@@ -88,6 +91,7 @@ def upcycle(
         average,
         router_rows,
         router,
+        untie,
     )
     carry_out(plan, check_tokens, progress, seed, check_text)
     return plan

@@ -28,6 +28,14 @@ def test_plan_write_and_refuse(tmp_path):
     assert "holds a model already" in again.output
 
 
+def test_untied(tmp_path):
+    save_dense(tmp_path / "dense", "qwen3", tie_word_embeddings=True)
+    words = ["upcycle", str(tmp_path / "dense"), str(tmp_path / "moe"), "--experts", "2", "--check-tokens", "16"]
+    done = CliRunner().invoke(app, [*words, "--untie"])
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "moe" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
 def test_parts_layers_and_branches_by_options(tmp_path):
     for seed, name in enumerate(("dense", "branch")):
         save_dense(tmp_path / name, "qwen3", seed=seed)

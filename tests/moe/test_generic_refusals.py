@@ -155,6 +155,7 @@ def test_names_stand_for_one_class_each():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
+        ({"untie": True}, "`untie` is for stock mixtures.*leave it out for gpt2"),
         ({"target": "mixtral"}, "`target` of a gpt2 model must be 'sparse_hf_mixture_gpt2', got 'mixtral'"),
         ({"init": ExpertInit(granularity=2)}, "leave `granularity`, `shared_half` and `scale` out"),
         ({"experts": 1, "top_k": 1}, "`experts` must be 2 or more"),

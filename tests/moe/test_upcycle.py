@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralForCausalLM, Qwen3MoeForCausalLM
 
 from sparse_hf.moe import upcycle as upcycling
+from sparse_hf.moe.densify import densify
 from sparse_hf.moe.upcycle import plan_upcycling, upcycle
 from tiny_models import tiny_inputs, tiny_model
 from whole_models import largest_difference
@@ -65,6 +66,22 @@ def test_what_families_vary(tmp_path, changes):
     assert torch.allclose(logits(mixture, dense), logits(dense, dense), atol=1e-5)
     for name, value in changes.items():
         assert getattr(mixture.config, name) == value
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_untied_embeddings_pass_the_check_and_come_back_as_they_are(tmp_path, stored):
+    save_dense(tmp_path / "dense", tie_word_embeddings=True)
+    if stored:  # other ones, which Transformers takes although the config says that they are tied
+        file = tmp_path / "dense" / "model.safetensors"
+        weights = load_file(file)
+        save_file({**weights, "lm_head.weight": weights["model.embed_tokens.weight"] + 1}, file, {"format": "pt"})
+    quiet(tmp_path / "dense", tmp_path / "moe", untie=True)
+    densify(tmp_path / "moe", tmp_path / "back", progress=False)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    for folder in ("moe", "back"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+        assert not model.config.tie_word_embeddings
+        assert torch.allclose(logits(model, dense), logits(dense, dense), atol=1e-5)
 
 
 def test_special_tokens_that_the_source_lacks_are_not_invented(tmp_path):

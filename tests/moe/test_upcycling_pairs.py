@@ -25,9 +25,9 @@ def quiet(source, destination, **options):
     return upcycle(source, destination, **{"experts": 4, "check_tokens": 0, "progress": False, **options})
 
 
-def difference(tmp_path, family, target, **changes):
+def difference(tmp_path, family, target, untie=False, **changes):
     dense = save_dense(tmp_path / "dense", family, **changes)
-    quiet(tmp_path / "dense", tmp_path / "moe", target=target.model_type, router_std=0.5)
+    quiet(tmp_path / "dense", tmp_path / "moe", target=target.model_type, router_std=0.5, untie=untie)
     mixture, info = AutoModelForCausalLM.from_pretrained(tmp_path / "moe", output_loading_info=True)
     assert type(mixture).__name__ == target.architecture
     assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -58,6 +58,18 @@ def test_every_family_is_tested():
 @pytest.mark.parametrize(("family", "target"), ALL, ids=IDS)
 def test_the_function_is_kept(tmp_path, family, target):
     assert difference(tmp_path, family, target) <= 1e-5
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("family", "target"), ALL, ids=IDS)
+def test_untied_embeddings_are_two_and_compute_the_same(tmp_path, family, target, tied):
+    assert difference(tmp_path, family, target, untie=True, tie_word_embeddings=tied) <= 1e-5
+    mixture = AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
+    first, last = mixture.get_input_embeddings().weight, mixture.get_output_embeddings().weight
+    assert not mixture.config.tie_word_embeddings
+    assert first.data_ptr() != last.data_ptr()
+    assert "lm_head.weight" in load_file(tmp_path / "moe" / "model.safetensors")
+    assert torch.equal(first, last) == tied
 
 
 @pytest.mark.parametrize(("family", "target"), ALL, ids=IDS)
