@@ -9,8 +9,9 @@ the most that is held at once, in sizes of the tensor; what is given and what is
 dense bytes with level 1, where Python has it (3.14) or `zstandard` is installed. The other bitmask is that of
 compressed-tensors (`pip install compressed-tensors==0.9.4`; later releases have none), where it is installed.
 
-"numpy" is ours without compiled loops, which take `pip install "sparse_hf[fast]"` and a processor with AVX-512 VBMI2;
-without them both pairs of columns are the same. Compiling, once in a process, is not counted but printed.
+Ours comes three times: with the compiled loops that suit the processor, with those for processors without AVX-512
+VBMI2 ("by elements"), and by numpy alone. Without `pip install "sparse_hf[fast]"` all three are the last. Compiling,
+once in a process, is not counted but printed.
 
 The last table is of `save_compressed(..., zstd=True)`, where `zstandard` is installed.
 
@@ -31,23 +32,29 @@ import numpy as np
 import torch
 
 from sparse_hf.algorithms import nonzeros
-from sparse_hf.algorithms.vector_loops import vector_loops
+from sparse_hf.algorithms.compiled_loops import CompiledLoops, can_move_vectors, compiled_loops
 from sparse_hf.storage.compressed_tensor import compress_tensor, expand_tensor
 
 
 SPARSITIES = (0.5, 0.75, 0.9, 0.95)
-OURS = ("compress", "expand", "compress numpy", "expand numpy")
+OURS = [f"{way}{kind}" for kind in ("", " by elements", " numpy") for way in ("compress", "expand")]
 KINDS = {"F32": np.dtype("<u4"), "BF16": np.dtype("<u2"), "I8": np.dtype("u1")}
 
 
+@functools.cache
+def by_elements(itemsize: int) -> CompiledLoops | None:
+    """The loops of processors without AVX-512 VBMI2."""
+    return compiled_loops(itemsize) and CompiledLoops(itemsize, by_vectors=False)
+
+
 @contextlib.contextmanager
-def numpy_alone() -> Iterator[None]:
-    """No tensor is large enough for compiled loops."""
-    usual, nonzeros.WORTH_COMPILING = nonzeros.WORTH_COMPILING, 1 << 62
+def with_loops(choice: Callable[[int], CompiledLoops | None]) -> Iterator[None]:
+    """Other loops than the processor's best."""
+    usual, nonzeros.compiled_loops = nonzeros.compiled_loops, choice
     try:
         yield
     finally:
-        nonzeros.WORTH_COMPILING = usual
+        nonzeros.compiled_loops = usual
 
 
 def zstd_functions() -> tuple[Callable, Callable] | None:
@@ -93,9 +100,10 @@ def speed_row(dtype: str, sparsity: float, count: int, rounds: int) -> str:
         "memcpy": lambda: np.copyto(copy, data),
         "compress": lambda: compress_tensor(data, dtype, (count,)),
         "expand": lambda: expand_tensor(stored),
-        "compress numpy": numpy_alone()(lambda: compress_tensor(data, dtype, (count,))),
-        "expand numpy": numpy_alone()(lambda: expand_tensor(stored)),
     }
+    for name, choice in (("by elements", by_elements), ("numpy", lambda itemsize: None)):
+        other = with_loops(choice)
+        calls |= {f"compress {name}": other(calls["compress"]), f"expand {name}": other(calls["expand"])}
     if dtype == "F32":
         matrix = torch.from_numpy(elements.view(np.float32).reshape(-1, 1024))
         csr = matrix.to_sparse_csr()
@@ -192,8 +200,10 @@ def main() -> None:
     torch.set_num_threads(1)
     for dtype in options.dtypes:
         start = time.perf_counter()
-        found = "none" if vector_loops(KINDS[dtype].itemsize) is None else "compiled"
-        print(f"Loops for {dtype}: {found}, {time.perf_counter() - start:.3f} s")
+        loops = compiled_loops(KINDS[dtype].itemsize)
+        taken = time.perf_counter() - start
+        kind = ("by vectors" if can_move_vectors() else "by elements") if loops else "none"
+        print(f"Loops for {dtype}: {kind}, compiled in {taken:.3f} s")
     print()
     head = [
         "dtype",

@@ -15,22 +15,17 @@ settings.register_profile("sparse_hf", deadline=None, derandomize=True)
 settings.load_profile("sparse_hf")
 
 
-@pytest.fixture(scope="session")
-def compiled_loops():
-    """Skips where there are none."""
-    from sparse_hf.algorithms.vector_loops import vector_loops
-
-    if vector_loops(2) is None:
-        pytest.skip("needs llvmlite and a processor with AVX-512 VBMI2")
-
-
-@pytest.fixture(scope="module", params=["numpy", "compiled"])
+@pytest.fixture(scope="module", params=["numpy", "by elements", "by vectors"])
 def each_codec(request):
-    """Tensors of every size are compressed by numpy alone, then by compiled loops."""
+    """Tensors of every size are compressed by numpy alone, then by compiled loops of each kind."""
+    from kinds_of_loops import loops_of
     from sparse_hf.algorithms import nonzeros
 
-    if request.param == "compiled":
-        request.getfixturevalue("compiled_loops")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nonzeros, "WORTH_COMPILING", 0 if request.param == "compiled" else 1 << 62)
+        if request.param == "numpy":
+            patch.setattr(nonzeros, "compiled_loops", lambda itemsize: None)
+        else:
+            loops = {itemsize: loops_of(request.param, itemsize) for itemsize in (1, 2, 4, 8)}
+            patch.setattr(nonzeros, "WORTH_COMPILING", 0)
+            patch.setattr(nonzeros, "compiled_loops", loops.get)
         yield

@@ -2,7 +2,7 @@
 
 Zero is an element whose bits are all zero, so elements are looked at as unsigned integers of their size: -0.0, NaN and
 every other pattern come back as they were, whatever the dtype. Work goes in blocks that stay in the processor's cache.
-Where `vector_loops` can do it they do; the results are the same.
+Where `compiled_loops` can do it they do; the results are the same.
 """
 
 import functools
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from sparse_hf.algorithms.vector_loops import VectorLoops, vector_loops
+from sparse_hf.algorithms.compiled_loops import CompiledLoops, compiled_loops
 from sparse_hf.algorithms.vector_source import LANES
 
 
@@ -64,9 +64,9 @@ def kept_blocks(elements: np.ndarray, few: bool) -> Iterator[KeptBlock]:
     yield from _found_by_numpy(elements[whole:], few)
 
 
-def loops_for(size: int, itemsize: int) -> VectorLoops | None:
+def loops_for(size: int, itemsize: int) -> CompiledLoops | None:
     """Compiled loops for a tensor of `size` elements, where there are any and they are worth it."""
-    return vector_loops(itemsize) if size >= WORTH_COMPILING else None
+    return compiled_loops(itemsize) if size >= WORTH_COMPILING else None
 
 
 def _found_by_numpy(elements: np.ndarray, few: bool) -> Iterator[KeptBlock]:

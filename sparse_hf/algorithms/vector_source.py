@@ -1,7 +1,11 @@
-"""What do the loops of `vector_loops` say to LLVM?"""
+"""What do the loops of `compiled_loops` say to LLVM where the processor has AVX-512 VBMI2?
+
+That is on Intel's since Ice Lake and AMD's since Zen 4. There one instruction moves the marked elements of a vector
+together, or apart.
+"""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 LANES = 32  # the most elements in a vector
@@ -21,7 +25,7 @@ declare <place> @llvm.x86.avx512.mask.compress.v<lanes>i16(<place>, <place>, <ma
 """
 
 _LOOPS = """
-define i64 @pack(ptr %elements, i64 %vectors, ptr %values, ptr %bits, ptr %places) {
+define i64 @pack(ptr %elements, i64 %steps, ptr %values, ptr %bits, ptr %places) {
 entry:
   br label %loop
 loop:
@@ -48,13 +52,13 @@ loop:
   %count.64 = zext i<lanes> %count to i64
   %k.next = add i64 %k, %count.64
   %i.next = add i64 %i, 1
-  %more = icmp ult i64 %i.next, %vectors
+  %more = icmp ult i64 %i.next, %steps
   br i1 %more, label %loop, label %done
 done:
   ret i64 %k.next
 }
 
-define i64 @unpack(ptr %values, i64 %count, ptr %bits, i64 %vectors, ptr %out) {
+define i64 @unpack(ptr %values, i64 %count, ptr %bits, i64 %steps, ptr %out) {
 entry:
   br label %loop
 loop:
@@ -76,7 +80,7 @@ apart:
   %element.at = getelementptr i<bits>, ptr %out, i64 %first
   store <element> %element, ptr %element.at, align 1
   %i.next = add i64 %i, 1
-  %more = icmp ult i64 %i.next, %vectors
+  %more = icmp ult i64 %i.next, %steps
   br i1 %more, label %loop, label %done
 done:
   ret i64 %k.next
@@ -92,8 +96,13 @@ def vector_source(itemsize: int) -> str:
     names = {"ramp": _vector("i16", range(width)), "step": _vector("i16", [width] * width)}
     names |= {"element": f"<{width} x i{8 * itemsize}>", "place": f"<{width} x i16>", "marks": f"<{width} x i1>"}
     names |= {"lanes": str(width), "bits": str(8 * itemsize)}
-    declared, loops = (re.sub(r"<(\w+)>", lambda found: names[found[1]], text) for text in (_DECLARED, _LOOPS))
+    declared, loops = filled(_DECLARED, names), filled(_LOOPS, names)
     return "\n".join(dict.fromkeys(declared.splitlines())) + loops  # for 16 bits two declarations are the same
+
+
+def filled(text: str, names: Mapping[str, str]) -> str:
+    """With what each `<name>` stands for."""
+    return re.sub(r"<(\w+)>", lambda found: names[found[1]], text)
 
 
 def _vector(kind: str, numbers: Iterable[int]) -> str:

@@ -3,14 +3,27 @@ import sys
 import numpy as np
 import pytest
 
+from kinds_of_loops import loops_of
 from sparse_hf.algorithms import nonzeros
-from sparse_hf.algorithms.vector_loops import BLOCK, VectorLoops, _compiled, vector_loops
+from sparse_hf.algorithms.compiled_loops import (
+    BLOCK,
+    FOR_VECTORS,
+    CompiledLoops,
+    _compiled,
+    can_move_vectors,
+    compiled_loops,
+)
 from sparse_hf.algorithms.vector_source import LANES
 
 
-@pytest.fixture(params=[1, 2, 4, 8])
-def loops(request, compiled_loops):
-    return vector_loops(request.param), np.dtype(f"<u{request.param}")
+@pytest.fixture(scope="module", params=["by elements", "by vectors"])
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4, 8])
+def loops(request, kind):
+    return loops_of(kind, request.param), np.dtype(f"<u{request.param}")
 
 
 def test_by_hand(loops):
@@ -35,7 +48,7 @@ def test_the_same_as_numpy_over_several_blocks(loops, kept, monkeypatch):
     found = [(8 * len(one.bits), one.bits, one.places.tolist(), one.values) for one in loops.pack(elements)]
     assert [size for size, *_ in found] == [BLOCK, BLOCK, 3 * LANES]
     monkeypatch.setattr(nonzeros, "BLOCK", BLOCK)
-    monkeypatch.setattr(nonzeros, "WORTH_COMPILING", len(elements) + 1)
+    monkeypatch.setattr(nonzeros, "compiled_loops", lambda itemsize: None)
     for ours, numpys in zip(found, nonzeros.kept_blocks(elements, few=False), strict=True):
         assert [list(part) for part in ours[1:]] == [part.tolist() for part in numpys[1:]]
     out = np.empty_like(elements)
@@ -75,19 +88,43 @@ def test_what_the_loops_would_overrun_is_refused(loops):
             refused()
 
 
-@pytest.mark.parametrize("missing", ["package", "instructions", "release"])
-def test_there_are_none_where_something_is_missing(compiled_loops, missing, monkeypatch):
+def test_without_values_there_is_nothing_to_read(loops):
+    loops, dtype = loops
+    out, bits = np.full(LANES, 9, dtype), np.zeros(LANES // 8, np.uint8)
+    assert loops.unpack(out[:0], bits, out) == 0
+    assert not out.any()
+    bits[-1] = 1
+    assert loops.unpack(out[:0], bits, out) is None
+
+
+def test_the_last_value_may_come_before_the_last_element(loops):
+    loops, dtype = loops
+    out, bits = np.full(LANES, 9, dtype), np.zeros(LANES // 8, np.uint8)
+    bits[0] = 0b11
+    assert loops.unpack(np.array([4, 5], dtype), bits, out) == 2
+    assert out.tolist() == [4, 5] + [0] * (LANES - 2)
+
+
+@pytest.mark.parametrize("missing", ["package", "release"])
+def test_there_are_none_where_something_is_missing(missing, monkeypatch):
+    pytest.importorskip("llvmlite", minversion="0.45")
     import llvmlite.binding as llvm
 
     if missing == "package":
         monkeypatch.setitem(sys.modules, "llvmlite.binding", None)
-    elif missing == "instructions":
-        features = {**llvm.get_host_cpu_features(), "avx512vbmi2": False}
-        monkeypatch.setattr(llvm, "get_host_cpu_features", lambda: features)
     else:
         monkeypatch.setattr(llvm, "llvm_version_info", (15, 0, 7))
     _compiled.cache_clear()
-    assert vector_loops(2) is None
+    assert compiled_loops(2) is None
     monkeypatch.undo()
     _compiled.cache_clear()
-    assert isinstance(vector_loops(2), VectorLoops)
+    assert isinstance(compiled_loops(2), CompiledLoops)
+
+
+def test_vectors_are_for_processors_that_can_move_them(monkeypatch):
+    llvm = pytest.importorskip("llvmlite.binding")
+    features = {**llvm.get_host_cpu_features(), **dict.fromkeys(FOR_VECTORS, True)}
+    monkeypatch.setattr(llvm, "get_host_cpu_features", lambda: features)
+    assert can_move_vectors()
+    features["avx512vbmi2"] = False
+    assert not can_move_vectors()

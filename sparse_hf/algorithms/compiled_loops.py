@@ -1,9 +1,9 @@
-"""How are zeros left out of a tensor and put back at the speed of memory?
+"""How are zeros left out of a tensor and put back nearly at the speed of memory?
 
-AVX-512 VBMI2 (Intel since Ice Lake, AMD since Zen 4) moves the marked elements of a vector together, or apart, in one
-instruction, which no operation of numpy or torch reaches. So two small loops are written down in LLVM's language
-(`vector_source`), and `llvmlite` compiles them when they are first wanted, in a few hundredths of a second. Without
-that package or such a processor numpy does the same in `nonzeros`.
+numpy and torch need several passes for that. Here two small loops are written down in LLVM's language, and `llvmlite`
+compiles them when they are first wanted, in a few hundredths of a second: with AVX-512 VBMI2 a vector at a time
+(`vector_source`), elsewhere an element at a time (`plain_source`). Without that package numpy does the same in
+`nonzeros`.
 """
 
 import ctypes
@@ -14,12 +14,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sparse_hf.algorithms.plain_source import STEP, plain_source
 from sparse_hf.algorithms.vector_source import LANES, lanes, vector_source
 
 
 BLOCK = 1 << 16  # elements packed at a time: their places fit into 16 bits, and all of it into the processor's cache
 OLDEST_LLVM = 20  # of llvmlite 0.45
-NEEDED = ("avx512vbmi2", "avx512vl", "avx512bw", "popcnt")
+FOR_VECTORS = ("avx512vbmi2", "avx512vl", "avx512bw", "popcnt")
 
 _COMPILING = threading.Lock()  # or each thread would compile its own
 
@@ -38,29 +39,38 @@ class Packed(NamedTuple):
     values: np.ndarray
 
 
-def vector_loops(itemsize: int) -> "VectorLoops | None":
-    """The loops for elements of 1, 2, 4 or 8 bytes; None where this processor has no such instructions, or `llvmlite`
-    is not installed or too old."""
+def compiled_loops(itemsize: int) -> "CompiledLoops | None":
+    """The loops for elements of 1, 2, 4 or 8 bytes; None where `llvmlite` is not installed, or too old."""
     with _COMPILING:
         return _compiled(itemsize)
 
 
 @functools.cache
-def _compiled(itemsize: int) -> "VectorLoops | None":
+def _compiled(itemsize: int) -> "CompiledLoops | None":
     try:
         import llvmlite.binding as llvm
     except ImportError:
         return None
+    return None if llvm.llvm_version_info[0] < OLDEST_LLVM else CompiledLoops(itemsize, can_move_vectors())
+
+
+def can_move_vectors() -> bool:
+    """Whether this processor has AVX-512 VBMI2; asked of `llvmlite`."""
+    import llvmlite.binding as llvm
+
     features = llvm.get_host_cpu_features()
-    if llvm.llvm_version_info[0] < OLDEST_LLVM or not all(features.get(name) for name in NEEDED):
-        return None
-    return VectorLoops(itemsize)
+    return all(features.get(name) for name in FOR_VECTORS)
 
 
-class VectorLoops:
+class CompiledLoops:
     """The loops, compiled for this processor. Several threads may use them at once: Python's lock is released."""
 
-    def __init__(self, itemsize: int) -> None:
+    def __init__(self, itemsize: int, by_vectors: bool) -> None:
+        """
+        Args:
+            itemsize: bytes of an element: 1, 2, 4 or 8.
+            by_vectors: only where `can_move_vectors`.
+        """
         import llvmlite.binding as llvm
 
         llvm.initialize_native_target()
@@ -68,11 +78,11 @@ class VectorLoops:
         machine = llvm.Target.from_default_triple().create_target_machine(
             cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten()
         )
-        module = llvm.parse_assembly(vector_source(itemsize))
+        module = llvm.parse_assembly(vector_source(itemsize) if by_vectors else plain_source(itemsize))
         module.verify()
         self._engine = llvm.create_mcjit_compiler(module, machine)  # holds the machine code, so it is kept
         self._engine.finalize_object()
-        self._lanes = lanes(itemsize)
+        self._step = lanes(itemsize) if by_vectors else STEP  # elements
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         self._pack = self._function("pack", pointer, number, pointer, pointer, pointer)
         self._unpack = self._function("unpack", pointer, number, pointer, number, pointer)
@@ -89,7 +99,7 @@ class VectorLoops:
             block = elements[start : start + BLOCK]
             bits = np.empty(len(block) // 8, np.uint8)
             count = self._pack(
-                block.ctypes.data, len(block) // self._lanes, values.ctypes.data, bits.ctypes.data, places.ctypes.data
+                block.ctypes.data, len(block) // self._step, values.ctypes.data, bits.ctypes.data, places.ctypes.data
             )
             yield Packed(bits, places[:count], values[:count].copy())
 
@@ -109,11 +119,10 @@ class VectorLoops:
         _check_whole(out)
         if 8 * len(bits) < len(out):
             raise ValueError(f"{len(out) // 8} bytes of bits are needed, got {len(bits)}.")
-        if not len(out):
-            return 0
-        used = self._unpack(
-            values.ctypes.data, len(values), bits.ctypes.data, len(out) // self._lanes, out.ctypes.data
-        )
+        if not len(values) or not len(out):
+            out[:] = 0
+            return None if bits[: len(out) // 8].any() else 0
+        used = self._unpack(values.ctypes.data, len(values), bits.ctypes.data, len(out) // self._step, out.ctypes.data)
         return None if used < 0 else used
 
     def _function(self, name: str, *arguments: type) -> Callable[..., int]:
