@@ -73,6 +73,7 @@ class CompiledLoops:
         """
         import llvmlite.binding as llvm
 
+        self.by_vectors = by_vectors
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
         machine = llvm.Target.from_default_triple().create_target_machine(

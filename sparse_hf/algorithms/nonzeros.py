@@ -57,7 +57,7 @@ def kept_blocks(elements: np.ndarray, few: bool) -> Iterator[KeptBlock]:
         few: as in `marked_positions`.
     """
     loops, whole = loops_for(len(elements), elements.itemsize), 0
-    if loops:
+    if loops and (loops.by_vectors or not few):  # numpy passes over few marks faster than a loop over elements
         whole = len(elements) // LANES * LANES
         for packed in loops.pack(elements[:whole]):
             yield KeptBlock(8 * len(packed.bits), packed.bits, packed.places, packed.values)
