@@ -9,6 +9,7 @@ compiles them when they are first wanted, in a few hundredths of a second: with 
 import ctypes
 import functools
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -40,7 +41,7 @@ class Packed(NamedTuple):
 
 
 def compiled_loops(itemsize: int) -> "CompiledLoops | None":
-    """The loops for elements of 1, 2, 4 or 8 bytes; None where `llvmlite` is not installed, or too old."""
+    """The loops for elements of 1, 2, 4 or 8 bytes; None where `llvmlite` is not installed, or cannot compile them."""
     with _COMPILING:
         return _compiled(itemsize)
 
@@ -51,7 +52,13 @@ def _compiled(itemsize: int) -> "CompiledLoops | None":
         import llvmlite.binding as llvm
     except ImportError:
         return None
-    return None if llvm.llvm_version_info[0] < OLDEST_LLVM else CompiledLoops(itemsize, can_move_vectors())
+    if llvm.llvm_version_info[0] < OLDEST_LLVM:
+        return None
+    try:
+        return CompiledLoops(itemsize, can_move_vectors())
+    except (AttributeError, RuntimeError) as error:  # of a later release, perhaps; a checkpoint must load all the same
+        warnings.warn(f"llvmlite cannot compile the loops of sparse_hf, numpy is slower: {error}", stacklevel=2)
+        return None
 
 
 def can_move_vectors() -> bool:

@@ -121,6 +121,17 @@ def test_there_are_none_where_something_is_missing(missing, monkeypatch):
     assert isinstance(compiled_loops(2), CompiledLoops)
 
 
+def test_a_release_that_cannot_compile_them_is_told_of(monkeypatch):
+    pytest.importorskip("llvmlite", minversion="0.45")
+    import llvmlite.binding as llvm
+
+    monkeypatch.setattr(llvm, "parse_assembly", lambda text: llvm.module.parse_assembly(text.replace("add", "ad")))
+    _compiled.cache_clear()
+    with pytest.warns(UserWarning, match="numpy is slower: LLVM IR parsing error"):
+        assert compiled_loops(2) is None
+    _compiled.cache_clear()
+
+
 def test_vectors_are_for_processors_that_can_move_them(monkeypatch):
     llvm = pytest.importorskip("llvmlite.binding")
     features = {**llvm.get_host_cpu_features(), **dict.fromkeys(FOR_VECTORS, True)}
