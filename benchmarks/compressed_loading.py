@@ -8,7 +8,7 @@ stock loading only maps a dense file into memory, and what the disk and the page
 compressed take turns, each in a fork of this process, which has loaded a tiny model of both kinds before.
 
 Compressed comes three times: with the compiled loops that suit the processor, with those for processors without
-AVX-512 VBMI2 ("by elements"), and by numpy alone. Without `pip install "sparse_hf[fast]"` all are the last. Importing
+AVX-512 VBMI2 ("scalar"), and by numpy alone. Without `pip install "sparse_hf[fast]"` all are the last. Importing
 the compiler and compiling is counted.
 
 "disk": the checkpoint's files were taken out of the page cache right before (`posix_fadvise`), and `mincore` agrees
@@ -86,7 +86,7 @@ def load_and_read(folder: Path) -> None:
             parameter.sum()
 
 
-def by_elements(folder: Path) -> None:
+def scalar_loops(folder: Path) -> None:
     """What is timed, on a processor without AVX-512 VBMI2."""
     compiled_loops.FOR_VECTORS = ("none such",)
     load_and_read(folder)
@@ -154,7 +154,7 @@ def rows(place: Path, layers: int, dtype: str, sparsity: float, rounds: int) -> 
     in_a_fork(make, place, layers, dtype, sparsity)  # or every later fork would first copy what this left in memory
     sizes = [weights_of(folder).stat().st_size for folder in folders]
     ways = {"dense": (load_and_read, folders[0]), "ours": (load_and_read, folders[1])}
-    ways |= {"by elements": (by_elements, folders[1]), "numpy": (by_numpy, folders[1])}
+    ways |= {"scalar": (scalar_loops, folders[1]), "numpy": (by_numpy, folders[1])}
     for prepare, name in ((take_out, "disk"), (bring_in, "memory")):
         times: dict[str, list] = {way: [] for way in ways}
         rates = []
@@ -190,8 +190,8 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     print(f"{os.cpu_count()} cores, of which {os.getloadavg()[0]:.1f} were busy in the last minute\n")
     head = ["dtype", "sparsity", "dense", "size", "from", "plain reads, GB/s", "dense, wall s", "compressed", "ratio"]
-    head += ["by elements", "ratio", "by numpy", "ratio", "dense, processor s", "compressed", "ratio"]
-    head += ["by elements", "ratio", "by numpy", "ratio"]
+    head += ["scalar", "ratio", "by numpy", "ratio", "dense, processor s", "compressed", "ratio"]
+    head += ["scalar", "ratio", "by numpy", "ratio"]
     head += ["ratios of the shortest wall times"]
     print(f"| {' | '.join(head)} |\n|{' --- |' * len(head)}")
     with tempfile.TemporaryDirectory(dir=options.folder) as place:

@@ -10,7 +10,7 @@ dense bytes with level 1, where Python has it (3.14) or `zstandard` is installed
 compressed-tensors (`pip install compressed-tensors==0.9.4`; later releases have none), where it is installed.
 
 Ours comes three times: with the compiled loops that suit the processor, with those for processors without AVX-512
-VBMI2 ("by elements"), and by numpy alone. Without `pip install "sparse_hf[fast]"` all three are the last. Compiling,
+VBMI2 ("scalar"), and by numpy alone. Without `pip install "sparse_hf[fast]"` all three are the last. Compiling,
 once in a process, is not counted but printed.
 
 The last table is of `save_compressed(..., zstd=True)`, where `zstandard` is installed.
@@ -37,12 +37,12 @@ from sparse_hf.storage.compressed_tensor import compress_tensor, expand_tensor
 
 
 SPARSITIES = (0.5, 0.75, 0.9, 0.95)
-OURS = [f"{way}{kind}" for kind in ("", " by elements", " numpy") for way in ("compress", "expand")]
+OURS = [f"{way}{kind}" for kind in ("", " scalar", " numpy") for way in ("compress", "expand")]
 KINDS = {"F32": np.dtype("<u4"), "BF16": np.dtype("<u2"), "I8": np.dtype("u1")}
 
 
 @functools.cache
-def by_elements(itemsize: int) -> CompiledLoops | None:
+def scalar_loops(itemsize: int) -> CompiledLoops | None:
     """The loops of processors without AVX-512 VBMI2."""
     return compiled_loops(itemsize) and CompiledLoops(itemsize, by_vectors=False)
 
@@ -101,7 +101,7 @@ def speed_row(dtype: str, sparsity: float, count: int, rounds: int) -> str:
         "compress": lambda: compress_tensor(data, dtype, (count,)),
         "expand": lambda: expand_tensor(stored),
     }
-    for name, choice in (("by elements", by_elements), ("numpy", lambda itemsize: None)):
+    for name, choice in (("scalar", scalar_loops), ("numpy", lambda itemsize: None)):
         other = with_loops(choice)
         calls |= {f"compress {name}": other(calls["compress"]), f"expand {name}": other(calls["expand"])}
     if dtype == "F32":
@@ -202,7 +202,7 @@ def main() -> None:
         start = time.perf_counter()
         loops = compiled_loops(KINDS[dtype].itemsize)
         taken = time.perf_counter() - start
-        kind = ("by vectors" if can_move_vectors() else "by elements") if loops else "none"
+        kind = ("vector" if can_move_vectors() else "scalar") if loops else "none"
         print(f"Loops for {dtype}: {kind}, compiled in {taken:.3f} s")
     print()
     head = [

@@ -15,7 +15,7 @@ settings.register_profile("sparse_hf", deadline=None, derandomize=True)
 settings.load_profile("sparse_hf")
 
 
-@pytest.fixture(scope="module", params=["numpy", "by elements", "by vectors"])
+@pytest.fixture(scope="module", params=["numpy", "scalar", "vector"])
 def each_codec(request):
     """Tensors of every size are compressed by numpy alone, then by compiled loops of each kind."""
     from kinds_of_loops import loops_of

@@ -2,7 +2,7 @@
 
 numpy and torch need several passes for that. Here two small loops are written down in LLVM's language, and `llvmlite`
 compiles them when they are first wanted, in a few hundredths of a second: with AVX-512 VBMI2 a vector at a time
-(`vector_source`), elsewhere an element at a time (`plain_source`). Without that package numpy does the same in
+(`vector_source`), elsewhere an element at a time (`scalar_source`). Without that package numpy does the same in
 `nonzeros`.
 """
 
@@ -15,10 +15,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sparse_hf.algorithms.plain_source import STEP, plain_source
-from sparse_hf.algorithms.vector_source import LANES, lanes, vector_source
+from sparse_hf.algorithms.scalar_source import STEP, scalar_source
+from sparse_hf.algorithms.vector_source import lanes, vector_source
 
 
+MULTIPLE = 32  # elements: a whole number of steps of either loop
 BLOCK = 1 << 16  # elements packed at a time: their places fit into 16 bits, and all of it into the processor's cache
 OLDEST_LLVM = 20  # of llvmlite 0.45
 FOR_VECTORS = ("avx512vbmi2", "avx512vl", "avx512bw", "popcnt")
@@ -26,17 +27,19 @@ FOR_VECTORS = ("avx512vbmi2", "avx512vl", "avx512bw", "popcnt")
 _COMPILING = threading.Lock()  # or each thread would compile its own
 
 
-class Packed(NamedTuple):
-    """What is kept of some elements.
+class KeptBlock(NamedTuple):
+    """What is kept of a block of elements.
 
     Attributes:
-        bits: uint8, a bit per element, as in `nonzeros.compress_bitmask`.
-        places: uint16, the indices of what is kept; only good until the next ones are packed.
+        size: of the block, a multiple of 32 but for the last one.
+        bits: uint8, a bit per element, set = kept: element `i` is bit `i % 8` of byte `i // 8`.
+        positions: the indices in the block of what is kept, as integers of any size; only good until the next block.
         values: what is kept.
     """
 
+    size: int
     bits: np.ndarray
-    places: np.ndarray
+    positions: np.ndarray
     values: np.ndarray
 
 
@@ -50,13 +53,12 @@ def compiled_loops(itemsize: int) -> "CompiledLoops | None":
 def _compiled(itemsize: int) -> "CompiledLoops | None":
     try:
         import llvmlite.binding as llvm
+
+        return CompiledLoops(itemsize, can_move_vectors()) if llvm.llvm_version_info[0] >= OLDEST_LLVM else None
     except ImportError:
         return None
-    if llvm.llvm_version_info[0] < OLDEST_LLVM:
-        return None
-    try:
-        return CompiledLoops(itemsize, can_move_vectors())
-    except (AttributeError, RuntimeError) as error:  # of a later release, perhaps; a checkpoint must load all the same
+    except (AttributeError, OSError, RuntimeError) as error:  # a release to come, a library that does not fit
+        # A checkpoint must load all the same.
         warnings.warn(f"llvmlite cannot compile the loops of sparse_hf, numpy is slower: {error}", stacklevel=2)
         return None
 
@@ -86,7 +88,7 @@ class CompiledLoops:
         machine = llvm.Target.from_default_triple().create_target_machine(
             cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten()
         )
-        module = llvm.parse_assembly(vector_source(itemsize) if by_vectors else plain_source(itemsize))
+        module = llvm.parse_assembly(vector_source(itemsize) if by_vectors else scalar_source(itemsize))
         module.verify()
         self._engine = llvm.create_mcjit_compiler(module, machine)  # holds the machine code, so it is kept
         self._engine.finalize_object()
@@ -95,21 +97,21 @@ class CompiledLoops:
         self._pack = self._function("pack", pointer, number, pointer, pointer, pointer)
         self._unpack = self._function("unpack", pointer, number, pointer, number, pointer)
 
-    def pack(self, elements: np.ndarray) -> Iterator[Packed]:
+    def pack(self, elements: np.ndarray) -> Iterator[KeptBlock]:
         """Leave out what is zero, block by block.
 
         Args:
-            elements: 1-D, contiguous, unsigned integers, a multiple of `LANES` of them.
+            elements: 1-D, contiguous, unsigned integers, a multiple of `MULTIPLE` of them.
         """
         _check_whole(elements)
-        values, places = np.empty(BLOCK + LANES, elements.dtype), np.empty(BLOCK + LANES, np.uint16)
+        values, places = np.empty(BLOCK + MULTIPLE, elements.dtype), np.empty(BLOCK + MULTIPLE, np.uint16)
         for start in range(0, len(elements), BLOCK):
             block = elements[start : start + BLOCK]
             bits = np.empty(len(block) // 8, np.uint8)
             count = self._pack(
                 block.ctypes.data, len(block) // self._step, values.ctypes.data, bits.ctypes.data, places.ctypes.data
             )
-            yield Packed(bits, places[:count], values[:count].copy())
+            yield KeptBlock(len(block), bits, places[:count], values[:count].copy())
 
     def unpack(self, values: np.ndarray, bits: np.ndarray, out: np.ndarray) -> int | None:
         """Put zeros back.
@@ -117,7 +119,7 @@ class CompiledLoops:
         Args:
             values: 1-D, contiguous, of the dtype of `out`.
             bits: uint8, 1-D, contiguous, at least a bit per element.
-            out: 1-D, contiguous, a multiple of `LANES` elements.
+            out: 1-D, contiguous, a multiple of `MULTIPLE` elements.
 
         Returns:
             How many values were used; None where the bits say more than there are.
@@ -139,8 +141,8 @@ class CompiledLoops:
 
 def _check_whole(elements: np.ndarray) -> None:
     _check_contiguous(elements)
-    if len(elements) % LANES:
-        raise ValueError(f"A multiple of {LANES} elements is needed, got {len(elements)}.")
+    if len(elements) % MULTIPLE:
+        raise ValueError(f"A multiple of {MULTIPLE} elements is needed, got {len(elements)}.")
 
 
 def _check_contiguous(array: np.ndarray) -> None:

@@ -9,14 +9,21 @@ bits.
 import numpy as np
 import torch
 
-from sparse_hf.algorithms.nonzeros import BLOCK, are_few, for_scatter, kept_blocks, marked_positions, ramp, scatter
+from sparse_hf.algorithms.nonzeros import (
+    BLOCK,
+    NOTHING,
+    are_few,
+    for_scatter,
+    kept_blocks,
+    marked_positions,
+    ramp,
+    scatter,
+)
 
 
 # A longer low part would save nothing worth having, and this bounds how much a small file can claim to be: the bitmap
 # has at least a bit for 32 elements.
 MOST_LOW_BITS = 5
-
-_NOTHING = np.empty(0, np.uint8)  # so that there is something to concatenate
 
 
 def low_bits(size: int, count: int) -> int:
@@ -42,13 +49,13 @@ def compress_elias_fano(elements: np.ndarray, count: int) -> tuple[list[np.ndarr
         of ceil(values / 8) bytes, then the unary bitmap. Lowest bit first, spare bits zero.
     """
     width = low_bits(len(elements), count)
-    values, lows, unaries, done = [], [_NOTHING], [_NOTHING], 0
+    values, lows, unaries, done = [], [NOTHING], [NOTHING], 0
     ones = torch.ones(BLOCK, dtype=torch.uint8, device="cpu")  # whatever the default device is
     for block in kept_blocks(elements, are_few(count, len(elements))):
         kept = len(block.values)
         values.append(block.values)
         lows.append(block.positions.astype(np.uint8))  # the lowest eight bits, of which `width` count
-        places = block.positions.astype(np.int64)
+        places = block.positions.astype(np.int64, copy=False)
         places >>= width  # as each block begins at a multiple of 1 << width
         places += ramp(kept)
         unaries.append(np.zeros(kept + (block.size >> width), np.uint8))

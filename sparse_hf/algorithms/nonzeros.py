@@ -7,13 +7,11 @@ Where `compiled_loops` can do it they do; the results are the same.
 
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from sparse_hf.algorithms.compiled_loops import CompiledLoops, compiled_loops
-from sparse_hf.algorithms.vector_source import LANES
+from sparse_hf.algorithms.compiled_loops import MULTIPLE, CompiledLoops, KeptBlock, compiled_loops
 
 
 BLOCK = 1 << 18  # elements; a multiple of 8
@@ -21,32 +19,16 @@ BLOCK = 1 << 18  # elements; a multiple of 8
 # Below this density groups of four flags without a mark are dropped before marks are looked for.
 FEW_MARKS = 0.09
 
-# Compiling the loops takes as long as numpy does for a few million elements; tensors of a small model are smaller.
-WORTH_COMPILING = 1 << 18  # elements
+# Compiling loops takes as long as numpy does for twenty million elements, so a model of smaller tensors does without.
+WORTH_COMPILING = 1 << 18  # elements of a tensor
 
 # numpy's search takes twice as long where a tenth or fewer are marked, so as many marks are added to a block.
 ADDED_MARKS = 1 << 12
 
-_NOTHING = np.empty(0, np.uint8)  # so that there is something to concatenate
+NOTHING = np.empty(0, np.uint8)  # so that there is something to concatenate
 
 # torch has no operations on most unsigned integers; bits are the same.
 _SIGNED = {1: np.dtype("u1"), 2: np.dtype("i2"), 4: np.dtype("i4"), 8: np.dtype("i8")}
-
-
-class KeptBlock(NamedTuple):
-    """What is kept of a block.
-
-    Attributes:
-        size: of the block, a multiple of 32 but for the last one.
-        bits: uint8, a bit per element, True = kept: element `i` is bit `i % 8` of byte `i // 8`.
-        positions: the indices in the block of what is kept, as integers of any size; only good until the next block.
-        values: what is kept.
-    """
-
-    size: int
-    bits: np.ndarray
-    positions: np.ndarray
-    values: np.ndarray
 
 
 def kept_blocks(elements: np.ndarray, few: bool) -> Iterator[KeptBlock]:
@@ -58,9 +40,8 @@ def kept_blocks(elements: np.ndarray, few: bool) -> Iterator[KeptBlock]:
     """
     loops, whole = loops_for(len(elements), elements.itemsize), 0
     if loops and (loops.by_vectors or not few):  # numpy passes over few marks faster than a loop over elements
-        whole = len(elements) // LANES * LANES
-        for packed in loops.pack(elements[:whole]):
-            yield KeptBlock(8 * len(packed.bits), packed.bits, packed.places, packed.values)
+        whole = len(elements) // MULTIPLE * MULTIPLE
+        yield from loops.pack(elements[:whole])
     yield from _found_by_numpy(elements[whole:], few)
 
 
@@ -93,7 +74,7 @@ def compress_bitmask(elements: np.ndarray, count: int) -> tuple[list[np.ndarray]
     Returns:
         The values, in pieces; uint8 of ceil(n / 8) bytes, spare bits zero.
     """
-    values, bits = [], [_NOTHING]
+    values, bits = [], [NOTHING]
     for block in kept_blocks(elements, are_few(count, len(elements))):
         bits.append(block.bits)
         values.append(block.values)
@@ -108,7 +89,7 @@ def expand_bitmask(values: np.ndarray, bits: np.ndarray, out: np.ndarray) -> Non
     """
     loops, whole, used = loops_for(len(out), out.itemsize), 0, 0
     if loops:
-        whole = len(out) // LANES * LANES
+        whole = len(out) // MULTIPLE * MULTIPLE
         used = loops.unpack(values, bits, out[:whole])
         if used is None:
             raise _too_many(len(values))

@@ -47,7 +47,6 @@ def native_conversion(
     mixture: Mixture,
     layers: frozenset[int],
     average: bool,
-    untie: bool,
 ) -> Conversion:
     """To a stock architecture.
 
@@ -56,7 +55,6 @@ def native_conversion(
         config: of the source.
         layers: which layers become mixtures.
         average: whether what is no expert is the branches' mean.
-        untie: as in `upcycle`.
 
     Raises:
         ValueError: a checkpoint is damaged, the branches differ, or the numbers do not fit.
@@ -76,8 +74,6 @@ def native_conversion(
     for one in folders[1:]:
         theirs = target_values(pair, AutoConfig.from_pretrained(one), cut, mixture.top_k, dense)
         _check_alike(values, theirs, one)
-    if untie and values["tie_word_embeddings"]:
-        values["tie_word_embeddings"], tensors = False, _untied(tensors)
     made = CONFIG_MAPPING[pair.target.model_type](**values, dtype=config.dtype)
     return Conversion(sources, tensors, made, (mixture.top_k * cut.width + cut.shared) / neurons)
 
@@ -89,15 +85,12 @@ def generic_conversion(
     mixture: Mixture,
     layers: frozenset[int],
     average: bool,
-    untie: bool,
 ) -> Conversion:
     """To our own architecture, for families that have no mixture of experts; arguments as of `native_conversion`.
 
     Raises:
         ValueError: a checkpoint is damaged, the branches differ, or what only stock targets have is asked for.
     """
-    if untie:
-        raise ValueError(f"`untie` is for stock mixtures, which engines read: leave it out for {config.model_type}.")
     check_init(mixture.init)
     experts, top_k, routing = mixture.experts, mixture.top_k, mixture.routing or RouterConfig()
     cut_of(mixture.init, pair.target, 1, experts, top_k)
@@ -111,13 +104,16 @@ def generic_conversion(
     return Conversion(sources, tensors, made, by_experts or top_k)
 
 
-def _untied(tensors: Sequence[PlannedTensor]) -> list[PlannedTensor]:
-    """With output embeddings that are a copy of the input's, where they are not stored beside them already.
+def untied(made: Conversion) -> Conversion:
+    """The same stock mixture with output embeddings of its own, a copy of the input's if they are tied.
 
-    Transformers reads stored ones even if the config ties them, unless they are equal.
+    Those that are stored already stay: Transformers reads them even if the config ties them, unless they are equal.
     """
-    held = {tensor.name: tensor for tensor in tensors}
-    return [*tensors] if OUTPUT in held else [*tensors, dataclasses.replace(held[INPUT], name=OUTPUT)]
+    made.config.tie_word_embeddings = False
+    held = {tensor.name: tensor for tensor in made.tensors}
+    if OUTPUT in held:
+        return made
+    return made._replace(tensors=[*made.tensors, dataclasses.replace(held[INPUT], name=OUTPUT)])
 
 
 def _architecture(config: PreTrainedConfig) -> dict[str, object]:

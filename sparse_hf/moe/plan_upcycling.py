@@ -8,7 +8,7 @@ import numpy as np
 from transformers import AutoConfig, PreTrainedConfig
 
 from sparse_hf.moe.chosen_layers import chosen_layers
-from sparse_hf.moe.conversions import generic_conversion, native_conversion
+from sparse_hf.moe.conversions import generic_conversion, native_conversion, untied
 from sparse_hf.moe.expert_init import ExpertInit, changes_function
 from sparse_hf.moe.generic_families import STORED_FEED_FORWARDS
 from sparse_hf.moe.generic_plan import CODE, generic_pair
@@ -150,12 +150,16 @@ def plan_upcycling(
     config = AutoConfig.from_pretrained(folder)
     generic = config.model_type in STORED_FEED_FORWARDS
     pair = generic_pair(config, target) if generic else pair_of(config, target)
+    if untie and generic:
+        raise ValueError(f"`untie` is for stock mixtures, which engines read: leave it out for {config.model_type}.")
     chosen = chosen_layers(pair.target, config.num_hidden_layers, layers)
     start = Router(router_std, seed, router_rows)
     mixture = Mixture(pair.target, experts, top_k, init or ExpertInit(), start, router)
     others = tuple(local_folder(one, ["config.json", *WEIGHTS]) for one in branches)
     convert = generic_conversion if generic else native_conversion
-    made = convert((folder, *others), config, pair, mixture, chosen, average, untie)
+    made = convert((folder, *others), config, pair, mixture, chosen, average)
+    if untie:
+        made = untied(made)
     shards = tuple(plan_shards(made.tensors, max_shard_bytes))
     options = {name: value for name, value in made.config.to_dict().items() if name != "transformers_version"}
     sources = [told_apart(stored.file for stored in one.values()) for one in made.sources]

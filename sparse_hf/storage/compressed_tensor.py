@@ -6,7 +6,7 @@ import numpy as np
 
 from sparse_hf.algorithms.elias_fano import compress_elias_fano, expand_elias_fano
 from sparse_hf.algorithms.n_of_4_codec import compress_n_of_4, expand_n_of_4, kept_of_4, obeys_n_of_4
-from sparse_hf.algorithms.nonzeros import compress_bitmask, expand_bitmask
+from sparse_hf.algorithms.nonzeros import NOTHING, compress_bitmask, expand_bitmask
 from sparse_hf.storage.stored_form import (
     ELEMENTS,
     HEAD,
@@ -27,7 +27,6 @@ from sparse_hf.storage.value_coding import code_values, decode_values
 COMPRESSORS = {"bitmask": compress_bitmask, "n_of_4": compress_n_of_4, "elias_fano": compress_elias_fano}
 EXPANDERS = {"bitmask": expand_bitmask, "n_of_4": expand_n_of_4, "elias_fano": expand_elias_fano}
 
-NOTHING = np.empty(0, np.uint8)
 LEAST_SAVING = 1 / 16  # of the dense size; below, a tensor stays dense
 SAMPLED = 1 << 16  # elements, the first sixteenth of which is counted to guess how many are not zero
 MOST_PADDING = 14  # bytes after values and code
